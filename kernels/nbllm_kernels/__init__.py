@@ -1,0 +1,31 @@
+"""Kernels of nbllm: one file per op.
+
+Tensors on a CUDA device go to Triton kernels, tensors on the CPU to PyTorch; `reference` holds the
+plain form of every op. Nothing here knows of requests, schedulers or models.
+"""
+
+from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
+from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels.paged_attention import paged_attention
+from nbllm_kernels.rms_norm import rms_norm
+from nbllm_kernels.rotary import rotary
+from nbllm_kernels.sampling import SamplingTensors, gumbel_noise, sample
+from nbllm_kernels.store_kv import store_kv
+
+__all__ = [
+    "AttentionMetadata",
+    "PackedWeight",
+    "SamplingTensors",
+    "Weight",
+    "gelu_and_mul",
+    "gumbel_noise",
+    "linear",
+    "pack_weight",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "sample",
+    "silu_and_mul",
+    "store_kv",
+]

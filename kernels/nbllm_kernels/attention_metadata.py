@@ -1,0 +1,35 @@
+"""AttentionMetadata: where the tokens of a step's batch stand, as the attention kernels take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """The batch of one step: `num_seqs` sequences whose new tokens lie one after another.
+
+    Attributes:
+        query_start_loc: [num_seqs + 1] int32, prefix sums of the numbers of new tokens.
+        seq_lens: [num_seqs] int32, tokens of each sequence in the cache, this step's included.
+        block_tables: [num_seqs, max_blocks] int32; entries past a sequence's need are any valid
+            page.
+        slot_mapping: [num_tokens] int64, block_id * block_size + offset of each new token; a
+            negative slot is not stored.
+        max_query_len: the largest number of new tokens.
+        max_seq_len: the largest of `seq_lens`, or more.
+        num_decode_seqs: the first so many sequences have exactly one new token.
+        batch_invariant: compute each row by the same operations in the same order whatever else
+            is in the batch.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    max_query_len: int
+    max_seq_len: int
+    num_decode_seqs: int
+    batch_invariant: bool = False

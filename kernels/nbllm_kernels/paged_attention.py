@@ -1,0 +1,42 @@
+"""paged_attention: attention over a KV cache that lies in pages."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nbllm_kernels import cpu_attention
+from nbllm_kernels.attention_metadata import AttentionMetadata
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens to all its tokens.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
+        metadata: where the tokens stand.
+        scale: factor of q k^T.
+        sliding_window: a token sees this many tokens, itself included; None sees all.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
+
+    Returns:
+        [num_tokens, num_heads, head_dim], in the query's dtype.
+    """
+    return cpu_attention.paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        metadata,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )

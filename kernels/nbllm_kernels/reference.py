@@ -1,0 +1,169 @@
+"""Every op in plain PyTorch: slow, obvious, and what all kernels are tested against.
+
+Signatures and layouts are those of the ops themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.gumbel import gumbel_noise
+from nbllm_kernels.sampling_tensors import SamplingTensors
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v over the pages of each sequence, in float32 or wider."""
+    output = torch.empty_like(query)
+    loc = metadata.query_start_loc.tolist()
+    compute = torch.promote_types(query.dtype, torch.float32)
+    for i, seq_len in enumerate(metadata.seq_lens.tolist()):
+        q = query[loc[i] : loc[i + 1]].to(compute)  # [query_len, num_heads, head_dim]
+        k = gather_pages(key_cache, metadata.block_tables[i], seq_len).to(compute)
+        v = gather_pages(value_cache, metadata.block_tables[i], seq_len).to(compute)
+        group = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(group, dim=1)  # [seq_len, num_heads, head_dim]
+        v = v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = visible_keys(q.shape[0], seq_len, sliding_window, device=query.device)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        attended = torch.einsum("hqk,khd->qhd", torch.softmax(scores, dim=-1), v)
+        output[loc[i] : loc[i + 1]] = attended.to(query.dtype)
+    return output
+
+
+def gather_pages(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
+    """[seq_len, num_kv_heads, head_dim]: one sequence's keys or values, page after page."""
+    block_size = cache.shape[2]
+    pages = cache[block_table[: -(-seq_len // block_size)].long()]
+    return pages.transpose(1, 2).flatten(0, 1)[:seq_len]
+
+
+def visible_keys(
+    query_len: int, seq_len: int, sliding_window: int | None, *, device: torch.device
+) -> Tensor:
+    """[query_len, seq_len] bool: the last `query_len` positions look back, each at most so far."""
+    position = torch.arange(seq_len - query_len, seq_len, device=device)[:, None]
+    key = torch.arange(seq_len, device=device)[None, :]
+    mask = key <= position
+    if sliding_window is not None:
+        mask &= key > position - sliding_window
+    return mask
+
+
+def store_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write each token's key and value into its slot; negative slots are skipped."""
+    block_size = key_cache.shape[2]
+    if bool((slot_mapping < 0).any()):
+        kept = slot_mapping >= 0
+        key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
+    block = torch.div(slot_mapping, block_size, rounding_mode="floor")
+    offset = slot_mapping % block_size
+    key_cache[block, :, offset] = key
+    value_cache[block, :, offset] = value
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * (weight + weight_offset), after x = x + residual if given."""
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    if weight_offset != 0.0:  # Gemma scales before it rounds
+        output = (normed * (weight.float() + weight_offset)).to(x.dtype)
+    else:  # Llama rounds before it scales
+        output = normed.to(x.dtype) * weight
+    return output if residual is None else (output, x)
+
+
+def rotary(
+    query: Tensor, key: Tensor, cos_sin_cache: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate pairs (i, i + half) of the first 2 * half dimensions by the angle of the position."""
+    cos, sin = cos_sin_cache[positions].to(query.dtype)[:, None].chunk(2, dim=-1)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dimension."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(first half) * second half of the last dimension."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def matmul_batch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in products of sixteen rows each, the last one padded."""
+    num_rows = x.shape[0]
+    if num_rows == 0:
+        return x.new_empty(0, weight.shape[0])
+    padded = F.pad(x, (0, 0, 0, -num_rows % 16))
+    return torch.cat([F.linear(tile, weight, bias) for tile in padded.split(16)])[:num_rows]
+
+
+def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
+    """argmax(filtered logits / temperature + noise); the plain argmax where temperature is 0."""
+    greedy = logits.argmax(dim=-1)
+    if params.all_greedy:
+        return greedy
+    is_greedy = params.temperature == 0
+    scaled = logits / torch.where(is_greedy, 1.0, params.temperature)[:, None]
+    if params.any_filter:
+        scaled = filter_logits(scaled, params.top_k, params.top_p, params.min_p)
+    noise = gumbel_noise(params.seeds, params.positions, logits.shape[-1])
+    return torch.where(is_greedy, greedy, noise.add_(scaled).argmax(dim=-1))
+
+
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set what min_p, top_k and top_p remove to minus infinity.
+
+    Args:
+        logits: [N, vocab_size] float32, temperature applied.
+        top_k, top_p, min_p: [N], as in SamplingTensors.
+    """
+    vocab_size = logits.shape[-1]
+    highest = logits.amax(dim=-1, keepdim=True)
+    # p >= min_p * p_max; log(0) is -inf, which keeps everything.
+    logits = logits.masked_fill(logits < highest + torch.log(min_p)[:, None], -torch.inf)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    k = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size).long()
+    kth = ordered.gather(-1, k[:, None] - 1)
+    ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+    probability = torch.softmax(ordered, dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    ordered = ordered.masked_fill(
+        (before >= top_p[:, None]) & (top_p[:, None] < 1.0) & (before > 0), -torch.inf
+    )
+    return torch.empty_like(logits).scatter_(-1, order, ordered)

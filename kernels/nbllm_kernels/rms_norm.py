@@ -1,0 +1,30 @@
+"""rms_norm: root-mean-square normalization (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nbllm_kernels import reference
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalize the last dimension; add a residual first if there is one.
+
+    Args:
+        x: [..., hidden_size].
+        weight: [hidden_size].
+        eps: added to the mean square.
+        residual: like x, added to x before normalization.
+        weight_offset: added to the weight; Gemma's is 1.
+
+    Returns:
+        the normalized tensor; with a residual, also the sum x + residual.
+    """
+    return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)

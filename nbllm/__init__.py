@@ -1,0 +1,78 @@
+"""nbllm: an LLM inference engine that lives inside the notebook kernel.
+
+    from nbllm import LLM, SamplingParams
+
+    llm = LLM()  # the bundled demo model; or a folder, or a name on the hub
+    outputs = llm.generate(["The capital of France is"], SamplingParams(temperature=0))
+
+Importing nbllm is cheap: torch, pandas and the rest are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LLM": "nbllm.llm",
+    "SamplingParams": "nbllm.sampling_params",
+    "BeamSearchParams": "nbllm.sampling_params",
+    "RepetitionDetectionParams": "nbllm.sampling_params",
+    "RequestOutputKind": "nbllm.sampling_params",
+    "StructuredOutputsParams": "nbllm.sampling_params",
+    "TextPrompt": "nbllm.inputs",
+    "TokensPrompt": "nbllm.inputs",
+    "RequestOutput": "nbllm.outputs",
+    "CompletionOutput": "nbllm.outputs",
+    "Logprob": "nbllm.outputs",
+    "BeamSearchOutput": "nbllm.outputs",
+    "NbllmError": "nbllm.errors",
+    "InvalidRequestError": "nbllm.errors",
+    "PromptTooLongError": "nbllm.errors",
+    "ModelLoadError": "nbllm.errors",
+    "OutOfMemoryError": "nbllm.errors",
+    "RequestFailedError": "nbllm.errors",
+    "EngineClosedError": "nbllm.errors",
+    "EngineDeadError": "nbllm.errors",
+    "Interrupted": "nbllm.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from nbllm.errors import (
+        EngineClosedError,
+        EngineDeadError,
+        Interrupted,
+        InvalidRequestError,
+        ModelLoadError,
+        NbllmError,
+        OutOfMemoryError,
+        PromptTooLongError,
+        RequestFailedError,
+    )
+    from nbllm.inputs import TextPrompt, TokensPrompt
+    from nbllm.llm import LLM
+    from nbllm.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
+    from nbllm.sampling_params import (
+        BeamSearchParams,
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'nbllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

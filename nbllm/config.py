@@ -1,0 +1,146 @@
+"""EngineConfig: what the user chose. ModelConfig: what the checkpoint says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbllm.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of the engine, under vLLM's names. `None` means: chosen from the device and model.
+
+    Raises:
+        InvalidRequestError: a value is out of its range; `.parameter` names it.
+    """
+
+    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
+    dtype: str = "auto"  # "auto", "float32", "float16", "bfloat16"
+    max_model_len: int | None = None  # tokens of prompt and output together
+    max_num_seqs: int | None = None  # requests running at once
+    max_num_batched_tokens: int | None = None  # tokens in one step
+    block_size: int | None = None  # tokens in one KV-cache block
+    gpu_memory_utilization: float = 0.9  # share of the *free* GPU memory to use
+    kv_cache_memory_bytes: int | None = None  # exact size of the KV cache, overrides the share
+    num_gpu_blocks_override: int | None = None  # exact number of blocks (for tests)
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"  # "fcfs" or "priority" (lower value first)
+    batch_invariant: bool = False  # bitwise the same result in any batch, slower
+    enforce_eager: bool = False  # no CUDA graphs
+    seed: int = 0  # seeds the requests that bring no seed of their own
+    max_logprobs: int = 20  # bound on `logprobs`; -1 is the vocabulary
+    tensor_parallel_size: int = 1  # GPUs to spread the model over; only 1 so far
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidRequestError(
+                    f"{name} must be a positive integer, got {value!r}", parameter=name
+                )
+        if self.block_size is not None and self.block_size not in (8, 16, 32, 64, 128, 256):
+            raise InvalidRequestError(
+                f"block_size must be 8, 16, 32, 64, 128 or 256, got {self.block_size!r}",
+                parameter="block_size",
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise InvalidRequestError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}",
+                parameter="gpu_memory_utilization",
+            )
+        if self.tensor_parallel_size != 1:
+            raise InvalidRequestError(
+                f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size!r}",
+                parameter="tensor_parallel_size",
+            )
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise InvalidRequestError(
+                f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}",
+                parameter="scheduling_policy",
+            )
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16", "float", "half"):
+            raise InvalidRequestError(
+                "dtype must be 'auto', 'float32', 'float16' or 'bfloat16', "
+                f"got {self.dtype!r}",
+                parameter="dtype",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding of one kind of layer.
+
+    Attributes:
+        rope_type: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
+        theta: base of the frequencies.
+        rotary_dim: how many dimensions of a head rotate.
+        max_position_embeddings: of the model.
+        parameters: the rope_scaling dict of config.json, as it is.
+    """
+
+    rope_type: str
+    theta: float
+    rotary_dim: int
+    max_position_embeddings: int
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape and kind of a model, from its config.json.
+
+    The dense decoder family (Llama and everybody after) is one structure; the fields below
+    `-- decoder` say where its members differ. Models of another structure read `raw`.
+
+    Raises (from_folder, from_dict):
+        ModelLoadError: the file is missing, no JSON, or says nothing that nbllm understands.
+    """
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    dtype: str
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    hidden_act: str
+    generation_config: dict[str, Any]  # generation_config.json: recommended sampling
+    raw: dict[str, Any]  # config.json
+    # -- decoder
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False  # on q, k, v
+    output_bias: bool = False  # on o
+    mlp_bias: bool = False
+    qk_norm: str | None = None  # "head" (Qwen 3, Gemma 3) or "full" (OLMo 2)
+    norm_placement: str = "pre"  # "pre", "post" (OLMo 2) or "both" (Gemma 2 and 3)
+    norm_offset: float = 0.0  # Gemma stores weight - 1
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # default head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    layer_windows: tuple[int | None, ...] = ()  # sliding window per layer
+    layer_ropes: tuple[RopeConfig | None, ...] = ()  # None: the layer has no positions
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read config.json, and generation_config.json if it is there."""
+        from nbllm.model_config import read_model_config
+
+        return read_model_config(folder)

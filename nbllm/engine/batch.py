@@ -1,0 +1,252 @@
+"""Batch: the running requests as rows of tables that live on the device.
+
+Every request owns one row from its admission until it finishes or is preempted. The host sends
+differences only: the sampling parameters once, new pages as they are allotted, prompt tokens as
+they are scheduled. The token that a decode step starts from is never sent: the sampler left it in
+`last_token`. So a step needs no table rebuilt, and a captured graph can run several steps in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nbllm_kernels import AttentionMetadata
+from torch import Tensor
+
+from nbllm.engine.request import Request
+from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.sampling_params import SamplingParams
+
+# Columns of the table of float sampling parameters.
+TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """The tensors of one step.
+
+    Attributes:
+        input_ids: [num_tokens] int64.
+        positions: [num_tokens] int64.
+        attention: metadata of the attention kernels.
+        sampled_requests: the requests whose last token is in this step, in batch order.
+        sampled_rows: [num_sampled] int64, their rows in the tables.
+        logits_indices: [num_sampled] int64, their last tokens among `input_ids`.
+        next_positions: [num_sampled] int64, the position of the token to be sampled.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    attention: AttentionMetadata
+    sampled_requests: list[Request]
+    sampled_rows: Tensor
+    logits_indices: Tensor
+    next_positions: Tensor
+
+
+class Batch:
+    """Tables of the running requests.
+
+    Args:
+        max_num_seqs: rows.
+        max_model_len: longest sequence, in tokens.
+        block_size: tokens in a page.
+        vocab_size: ids that the model knows.
+        device: where the tables live.
+        batch_invariant: passed on to the kernels.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.device = device
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.batch_invariant = batch_invariant
+        max_blocks = -(-max_model_len // block_size)
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.block_tables = torch.zeros(
+            (max_num_seqs, max_blocks), dtype=torch.int32, device=device
+        )
+        self.floats = torch.zeros((max_num_seqs, 6), dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        # [max_num_seqs, vocab_size], made when the first request with a penalty arrives.
+        self.output_counts: Tensor | None = None
+        self.prompt_mask: Tensor | None = None
+        self.rows: dict[Request, int] = {}
+        self._free_rows = list(range(max_num_seqs))[::-1]
+        self._num_blocks_sent = [0] * max_num_seqs
+
+    def clear(self) -> None:
+        """Give up all rows."""
+        self._free_rows = list(range(len(self._num_blocks_sent)))[::-1]
+        self.rows = {}
+
+    def remove(self, request: Request) -> None:
+        """Give up the row of a request that finished or was preempted, if it has one."""
+        row = self.rows.pop(request, None)
+        if row is not None:
+            self._free_rows.append(row)
+
+    def prepare(self, output: SchedulerOutput) -> StepInput:
+        """Bring the tables up to date and build the tensors of the step."""
+        self._add_new([item.request for item in output.scheduled])
+        self._send_new_blocks([item.request for item in output.scheduled])
+        scheduled, num_decodes = output.scheduled, output.num_decodes
+        rows = [self.rows[item.request] for item in scheduled]
+        starts = [item.request.num_computed_tokens for item in scheduled]
+        lens = [item.num_scheduled_tokens for item in scheduled]
+        loc = np.zeros(len(lens) + 1, dtype=np.int64)
+        np.cumsum(lens, out=loc[1:])
+        sampled = [i for i, item in enumerate(scheduled) if item.samples]
+        prompt_ids: list[int] = []
+        for item in scheduled[num_decodes:]:
+            start = item.request.num_computed_tokens
+            prompt_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
+
+        # One copy to the device for everything that the host knows.
+        rows_t, starts_t, lens_t, loc_t, sampled_t, prompt_t = self._to_device(
+            rows, starts, lens, loc, sampled, prompt_ids
+        )
+        seq_lens = starts_t + lens_t
+        num_tokens = int(loc[-1])
+        max_seq_len = max(start + length for start, length in zip(starts, lens, strict=True))
+        tables = self.block_tables[:, : -(-max_seq_len // self.block_size)][rows_t]
+        if num_tokens == len(scheduled):
+            sequence = torch.arange(num_tokens, device=self.device)
+            positions = starts_t
+        else:
+            sequence = torch.repeat_interleave(lens_t, output_size=num_tokens)
+            offsets = torch.arange(num_tokens, device=self.device) - loc_t[sequence]
+            positions = starts_t[sequence] + offsets
+        pages = tables[sequence, positions // self.block_size].to(torch.int64)
+        metadata = AttentionMetadata(
+            query_start_loc=loc_t.to(torch.int32),
+            seq_lens=seq_lens.to(torch.int32),
+            block_tables=tables,
+            slot_mapping=pages * self.block_size + positions % self.block_size,
+            max_query_len=max(lens),
+            max_seq_len=max_seq_len,
+            num_decode_seqs=num_decodes,
+            batch_invariant=self.batch_invariant,
+        )
+        return StepInput(
+            input_ids=torch.cat([self.last_token[rows_t[:num_decodes]], prompt_t]),
+            positions=positions,
+            attention=metadata,
+            sampled_requests=[scheduled[i].request for i in sampled],
+            sampled_rows=rows_t[sampled_t],
+            logits_indices=loc_t[sampled_t + 1] - 1,
+            next_positions=seq_lens[sampled_t],
+        )
+
+    def append_tokens(self, step: StepInput, token_ids: Tensor) -> None:
+        """Leave the sampled tokens ([num_sampled] int64) where the next step finds them."""
+        self.last_token[step.sampled_rows] = token_ids
+        if self.output_counts is not None:
+            ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
+            self.output_counts.index_put_(
+                (step.sampled_rows, token_ids), ones, accumulate=True
+            )
+
+    def _add_new(self, requests: list[Request]) -> None:
+        new = [request for request in requests if request not in self.rows]
+        if not new:
+            return
+        rows = []
+        for request in new:
+            row = self._free_rows.pop()
+            self.rows[request] = row
+            self._num_blocks_sent[row] = 0
+            rows.append(row)
+        params = [request.sampling_params for request in new]
+        rows_t = torch.tensor(rows, device=self.device)
+        self.floats[rows_t] = torch.tensor(
+            [_float_columns(p) for p in params], dtype=torch.float32, device=self.device
+        )
+        top_k = [max(p.top_k, 0) for p in params]
+        self.top_k[rows_t] = torch.tensor(top_k, dtype=torch.int32, device=self.device)
+        seeds = [_signed_64(request.seed) for request in new]
+        self.seeds[rows_t] = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        # After a preemption a sequence may come back with all but its last token cached: it
+        # decodes at once, from a token that was sampled into another row.
+        last = [request.token_ids[-1] for request in new]
+        self.last_token[rows_t] = torch.tensor(last, dtype=torch.int64, device=self.device)
+        for request, row in zip(new, rows, strict=True):
+            self._count_tokens(request, row)
+
+    def _count_tokens(self, request: Request, row: int) -> None:
+        """Fill the tables of the penalties: which ids stand in the prompt, how often in the output.
+
+        Rows without penalties are left as they are: nobody reads them.
+        """
+        if not has_penalties(request.sampling_params):
+            return
+        if self.output_counts is None or self.prompt_mask is None:
+            shape = (len(self._num_blocks_sent), self.vocab_size)
+            self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        prompt = torch.tensor(request.token_ids[: request.num_prompt_tokens], device=self.device)
+        output = torch.tensor(request.output_token_ids, dtype=torch.int64, device=self.device)
+        self.prompt_mask[row] = False
+        self.prompt_mask[row, prompt] = True
+        self.output_counts[row] = torch.bincount(output, minlength=self.vocab_size)
+
+    def _send_new_blocks(self, requests: list[Request]) -> None:
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for request in requests:
+            row = self.rows[request]
+            sent, total = self._num_blocks_sent[row], len(request.block_table)
+            if sent < total:
+                rows += [row] * (total - sent)
+                columns += range(sent, total)
+                blocks += request.block_table[sent:]
+                self._num_blocks_sent[row] = total
+        if rows:
+            rows_t, columns_t, blocks_t = self._to_device(rows, columns, blocks)
+            self.block_tables[rows_t, columns_t] = blocks_t.to(torch.int32)
+
+    def _to_device(self, *arrays: list[int] | np.ndarray) -> tuple[Tensor, ...]:
+        """Several int64 arrays to the device in one copy."""
+        sizes = [len(array) for array in arrays]
+        host = torch.from_numpy(np.concatenate([np.asarray(a, dtype=np.int64) for a in arrays]))
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True).split(sizes)
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """True if the tokens of the sequence so far change the logits."""
+    return (
+        params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.repetition_penalty != 1.0
+    )
+
+
+def _float_columns(params: SamplingParams) -> list[float]:
+    columns = [0.0] * 6
+    columns[TEMPERATURE] = params.temperature
+    columns[TOP_P] = params.top_p
+    columns[MIN_P] = params.min_p
+    columns[PRESENCE] = params.presence_penalty
+    columns[FREQUENCY] = params.frequency_penalty
+    columns[REPETITION] = params.repetition_penalty
+    return columns
+
+
+def _signed_64(value: int) -> int:
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,217 @@
+"""BlockManager: who owns which page of the KV cache.
+
+    block 0              never given away: padding reads and writes land there
+    ref_count > 0        in the block table of that many running requests
+    ref_count == 0       free, either empty (`_empty`) or still holding a cached prefix (`_cached`)
+
+A page that is full is *registered* under (id of the prefix before it, its tokens), so a later
+prompt with the same tokens finds it. The key holds the tokens themselves and prefix ids are never
+used twice, so a lookup compares content, not a hash: two different prefixes can't be taken for one
+another. Free cached pages are reused least recently used first; a request gives back its last page
+first, so a prefix always outlives what follows it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from nbllm.engine.request import Request
+
+_PrefixKey = tuple[int, tuple[int, ...]]
+
+
+class BlockManager:
+    """Allocation, sharing and reuse of KV-cache pages; all operations are O(pages touched).
+
+    Args:
+        num_blocks: pages in the cache, including the null block 0.
+        block_size: tokens in a page.
+        enable_prefix_caching: whether requests may share the pages of equal prefixes.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+        if num_blocks < 2:
+            raise ValueError(f"num_blocks must be at least 2 (one is the null block): {num_blocks}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self._next_prefix_id = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every owner and every cached prefix."""
+        self._ref_counts = [0] * self.num_blocks
+        self._prefix_ids: list[int | None] = [None] * self.num_blocks
+        self._keys: list[_PrefixKey | None] = [None] * self.num_blocks
+        self._index: dict[_PrefixKey, int] = {}
+        # Insertion order is the order of reuse; removal from the middle is O(1).
+        self._empty: dict[int, None] = dict.fromkeys(range(1, self.num_blocks))
+        self._cached: dict[int, None] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Pages that can be given to a request now."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """All pages but the null block."""
+        return self.num_blocks - 1
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def find_cached_blocks(self, request: Request) -> list[int]:
+        """Pages that hold the longest cached prefix of `request`, without taking them.
+
+        At least one token is always left to compute: sampling needs its logits.
+        """
+        if not self._shares(request) or not request.may_read_prefix_cache:
+            return []
+        blocks: list[int] = []
+        parent = _root(request)
+        for start in range(0, request.num_tokens - self.block_size, self.block_size):
+            tokens = tuple(request.token_ids[start : start + self.block_size])
+            block = self._index.get((parent, tokens))
+            if block is None:
+                break
+            blocks.append(block)
+            prefix_id = self._prefix_ids[block]
+            assert prefix_id is not None
+            parent = prefix_id
+        return blocks
+
+    def admit(self, request: Request) -> bool:
+        """Give a request its cached prefix and pages for all its tokens, or nothing at all.
+
+        On success `num_computed_tokens` covers the cached prefix. Returns False if too few pages
+        are free.
+        """
+        assert not request.block_table
+        cached = self.find_cached_blocks(request)
+        num_new = self.num_blocks_for(request.num_tokens) - len(cached)
+        num_reclaimed = sum(self._ref_counts[block] == 0 for block in cached)
+        if num_new > self.num_free_blocks - num_reclaimed:
+            return False
+        for block in cached:
+            self._take(block)
+            request.block_table.append(block)
+            prefix_id = self._prefix_ids[block]
+            assert prefix_id is not None
+            request.prefix_ids.append(prefix_id)
+        for _ in range(num_new):
+            request.block_table.append(self._pop_free())
+        request.num_computed_tokens = len(cached) * self.block_size
+        self.num_prefix_queries += request.num_tokens
+        self.num_prefix_hits += request.num_computed_tokens
+        return True
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Extend the block table to hold `num_tokens` tokens; False (and no change) if it can't."""
+        num_new = self.num_blocks_for(num_tokens) - len(request.block_table)
+        if num_new > self.num_free_blocks:
+            return False
+        for _ in range(num_new):
+            request.block_table.append(self._pop_free())
+        return True
+
+    def register_full_blocks(self, request: Request) -> None:
+        """Make the pages that are full by now findable by later requests."""
+        if not self._shares(request):
+            return
+        size = self.block_size
+        for i in range(len(request.prefix_ids), request.num_computed_tokens // size):
+            parent = request.prefix_ids[-1] if request.prefix_ids else _root(request)
+            key = (parent, tuple(request.token_ids[i * size : (i + 1) * size]))
+            block = self._index.get(key)
+            if block is None:  # else: another request was first, and its page is the one to find
+                block = request.block_table[i]
+                self._index[key] = block
+                self._keys[block] = key
+                self._prefix_ids[block] = self._next_prefix_id
+                self._next_prefix_id += 1
+            prefix_id = self._prefix_ids[block]
+            assert prefix_id is not None
+            request.prefix_ids.append(prefix_id)
+
+    def free(self, request: Request) -> None:
+        """Give back all pages of a request, last page first."""
+        while request.block_table:
+            block = request.block_table.pop()
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                (self._empty if self._keys[block] is None else self._cached)[block] = None
+        request.prefix_ids.clear()
+
+    def forget_content(self, request: Request) -> list[int]:
+        """Unregister the pages that only `request` owns: what is in them can't be trusted.
+
+        Returns:
+            those pages; they stay in the request's block table until it is freed.
+        """
+        own = [block for block in request.block_table if self._ref_counts[block] == 1]
+        for block in own:
+            key = self._keys[block]
+            if key is not None:
+                del self._index[key]
+                self._keys[block] = None
+        return own
+
+    def drop_cached_prefixes(self) -> None:
+        """Forget all cached prefixes; pages in use stay with their owners."""
+        self._index.clear()
+        self._keys = [None] * self.num_blocks
+        self._empty.update(self._cached)
+        self._cached.clear()
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Raise AssertionError if a page is lost, owned twice or counted wrongly.
+
+        Args:
+            requests: every request that may own pages.
+        """
+        owners = Counter(block for request in requests for block in request.block_table)
+        free = set(self._empty) | set(self._cached)
+        assert len(free) == len(self._empty) + len(self._cached), "a page is free twice"
+        assert 0 not in owners and 0 not in free, "the null block was given away"
+        for block in range(1, self.num_blocks):
+            count = self._ref_counts[block]
+            assert count == owners[block], f"page {block}: {count} refs, {owners[block]} owners"
+            assert (count == 0) == (block in free), f"page {block} is lost, or free and owned"
+            if block in self._cached:
+                assert self._keys[block] is not None, f"page {block} is cached without a key"
+        for key, block in self._index.items():
+            assert self._keys[block] == key, f"page {block} is indexed under a foreign key"
+
+    def _shares(self, request: Request) -> bool:
+        # A salt of its own (the continuations of one prompt) shares even with caching off.
+        return self.enable_prefix_caching or request.cache_salt != 0
+
+    def _take(self, block: int) -> None:
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+        self._ref_counts[block] += 1
+
+    def _pop_free(self) -> int:
+        if self._empty:
+            block = next(iter(self._empty))
+            del self._empty[block]
+        else:
+            block = next(iter(self._cached))
+            del self._cached[block]
+            key = self._keys[block]
+            assert key is not None
+            del self._index[key]
+            self._keys[block] = None
+        self._prefix_ids[block] = None
+        self._ref_counts[block] = 1
+        return block
+
+
+def _root(request: Request) -> int:
+    """Parent id of a first page: negative, one per salt, never the id of a page."""
+    return -1 - request.cache_salt

@@ -1,0 +1,205 @@
+"""Engine: scheduler, block manager and model runner put together; one `step()` at a time.
+
+It knows token ids only, runs in whatever thread calls it, and is not thread-safe: `EngineThread`
+is its one caller.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from nbllm.config import EngineConfig
+from nbllm.engine.block_manager import BlockManager
+from nbllm.engine.model_runner import ModelRunner, StepOutput
+from nbllm.engine.request import FinishReason, Request
+from nbllm.engine.scheduler import Scheduler, SchedulerOutput
+from nbllm.errors import EngineDeadError, RequestFailedError
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    Args:
+        runner: runs the steps.
+        config: the resolved configuration.
+        check_integrity: verify the page accounting after every step (for tests; slow).
+
+    Attributes:
+        num_steps: steps run so far.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, *, check_integrity: bool = False
+    ) -> None:
+        assert config.num_gpu_blocks_override is not None
+        assert config.block_size is not None
+        self.runner = runner
+        self.config = config
+        self.block_manager = BlockManager(
+            config.num_gpu_blocks_override, config.block_size, config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(config, self.block_manager)
+        self.check_integrity = check_integrity
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.finished_counts = dict.fromkeys(FinishReason, 0)
+
+    @property
+    def has_requests(self) -> bool:
+        """True if a step would have something to do."""
+        return self.scheduler.has_requests
+
+    def add(self, request: Request) -> None:
+        """Take a new request."""
+        self.scheduler.add(request)
+
+    def abort(self, requests: Iterable[Request]) -> list[Request]:
+        """End requests that are not finished; returns those that this call ended."""
+        ended = [request for request in requests if not request.is_finished]
+        for request in ended:
+            self.scheduler.finish(request, FinishReason.ABORT)
+            self._retire(request)
+        return ended
+
+    def step(self) -> list[Request]:
+        """Run one step.
+
+        Returns:
+            the requests that changed: got a token, finished or failed.
+
+        Raises:
+            EngineDeadError: the device can't go on in this process; every request has failed.
+        """
+        output: SchedulerOutput | None = None
+        try:
+            output = self.scheduler.schedule()
+            for request in output.preempted:
+                self.runner.batch.remove(request)
+            if not output.scheduled:
+                return []
+            result = self.runner.execute(output)
+            changed = self._apply(output, result)
+        except BaseException as error:  # whatever it is, the other requests go on
+            return self._recover(output, error)
+        if self.check_integrity:
+            self.scheduler.check_integrity()
+        return changed
+
+    def fail_all(self, error: BaseException) -> list[Request]:
+        """End every request with `error`; returns them."""
+        requests = list(self.scheduler.requests.values())
+        for request in requests:
+            self.scheduler.finish(request, FinishReason.ERROR, error)
+            self._retire(request)
+        return requests
+
+    def release(self) -> None:
+        """Free weights and KV cache. The engine can't be used afterwards."""
+        self.runner.release()
+
+    def metrics(self) -> dict[str, float | int]:
+        """Counters and gauges, named as in vLLM's /metrics (without the prefix)."""
+        blocks = self.block_manager
+        used = blocks.num_usable_blocks - blocks.num_free_blocks
+        return {
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": self.scheduler.num_waiting,
+            "kv_cache_usage_perc": used / blocks.num_usable_blocks,
+            "num_preemptions": self.scheduler.num_preemptions,
+            "prefix_cache_queries": blocks.num_prefix_queries,
+            "prefix_cache_hits": blocks.num_prefix_hits,
+            "prompt_tokens": self.num_prompt_tokens,
+            "generation_tokens": self.num_generated_tokens,
+            "num_steps": self.num_steps,
+            **{
+                f"request_success_{reason.value}": count
+                for reason, count in self.finished_counts.items()
+            },
+        }
+
+    def _apply(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
+        """Book a step that succeeded."""
+        self.num_steps += 1
+        for request, error in result.failed.items():
+            self.runner.zero_blocks(self.block_manager.forget_content(request))
+            self.scheduler.finish(request, FinishReason.ERROR, error)
+        for request, prompt_entries in result.prompt_logprobs.items():
+            if not request.prompt_logprobs:
+                request.prompt_logprobs.append(None)  # nothing comes before the first token
+            request.prompt_logprobs.extend(prompt_entries)
+        for request, entry in result.logprobs.items():
+            request.logprobs.append(entry)
+            request.cumulative_logprob += next(iter(entry.values())).logprob
+        for item in output.scheduled:
+            request = item.request
+            computed = request.num_computed_tokens
+            remaining = request.num_prompt_tokens - computed
+            self.num_prompt_tokens += min(max(remaining, 0), item.num_scheduled_tokens)
+        self.scheduler.advance(output, result.sampled)
+        self.num_generated_tokens += len(result.sampled)
+        changed = [*result.sampled, *result.failed]
+        for request in changed:
+            if request.is_finished:
+                self._retire(request)
+        return changed
+
+    def _recover(self, output: SchedulerOutput | None, error: BaseException) -> list[Request]:
+        """After an exception in a step: fail the requests of the step, start the others again.
+
+        What the step had changed by then is unknown, so no page survives it.
+        """
+        if _is_device_dead(self.runner, error):
+            dead = EngineDeadError("the GPU reported an error that only a kernel restart clears")
+            dead.__cause__ = error
+            self.fail_all(dead)
+            raise dead
+        logger.error("a step failed; its requests end with this error", exc_info=error)
+        used = {b for r in self.scheduler.requests.values() for b in r.block_table}
+        changed = self.scheduler.restart()
+        self.runner.batch.clear()
+        self.runner.zero_blocks(sorted(used))
+        if output is not None:
+            affected = [item.request for item in output.scheduled]
+        else:  # scheduling itself failed: trying again with the same requests would fail again
+            affected = list(self.scheduler.requests.values())
+        for request in affected:
+            if request.is_finished:
+                continue
+            failure = RequestFailedError(f"a step of the engine failed: {_describe(error)}")
+            failure.__cause__ = error
+            self.scheduler.finish(request, FinishReason.ERROR, failure)
+            changed.append(request)
+        for request in changed:
+            self._retire(request)
+        if self.check_integrity:
+            self.scheduler.check_integrity()
+        return changed
+
+    def _retire(self, request: Request) -> None:
+        self.runner.batch.remove(request)
+        assert request.finish_reason is not None
+        self.finished_counts[request.finish_reason] += 1
+
+
+def _is_device_dead(runner: ModelRunner, error: BaseException) -> bool:
+    """True if the CUDA context is lost: from then on every call on the device fails."""
+    if runner.device.type != "cuda":
+        return False
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return False
+    try:
+        torch.cuda.synchronize(runner.device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

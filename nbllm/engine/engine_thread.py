@@ -1,0 +1,191 @@
+"""EngineThread: the one thread that owns the engine and the device.
+
+Everybody else (cells, event loops, server, widgets) sends commands through its inbox and reads
+results from a `RequestStream`. An interrupt of a cell reaches the cell's own wait, never this
+thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+from nbllm.engine.engine import Engine
+from nbllm.engine.request import FinishReason, Request
+from nbllm.engine.request_stream import RequestStream
+from nbllm.errors import EngineClosedError, EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_Command = Callable[[], None]
+
+
+class EngineThread:
+    """Runs an engine in a daemon thread.
+
+    Args:
+        engine: taken over; nobody else may touch it from now on.
+
+    Attributes:
+        last_progress: `time.monotonic()` of the last finished step, or of the last moment
+            without work.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[Request, RequestStream] = {}
+        self._lock = threading.Lock()  # orders commands against the end of the thread
+        self._end: BaseException | None = None  # why no more commands are taken
+        self.last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="nbllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def error(self) -> BaseException | None:
+        """EngineDeadError or EngineClosedError once the engine takes no more requests."""
+        return self._end
+
+    def is_healthy(self, stuck_after_s: float = 5.0) -> bool:
+        """True if the engine lives and its steps make progress, not merely if a thread exists."""
+        engine = self._engine
+        if self._end is not None or engine is None:
+            return False
+        stuck = time.monotonic() - self.last_progress > stuck_after_s
+        return not (stuck and engine.has_requests)
+
+    def submit(self, requests: Sequence[Request], stream: RequestStream) -> None:
+        """Run `requests`; what happens to them is told to `stream`.
+
+        Raises:
+            EngineClosedError, EngineDeadError: no requests are taken any more.
+        """
+
+        def add() -> None:
+            assert self._engine is not None
+            for request in requests:
+                self._streams[request] = stream
+                self._engine.add(request)
+
+        self._send(add)
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End those of `requests` that are not finished. Returns at once; never raises."""
+
+        def abort() -> None:
+            assert self._engine is not None
+            self._deliver(self._engine.abort(r for r in requests if r in self._streams))
+
+        try:
+            self._send(abort)
+        except (EngineClosedError, EngineDeadError):
+            pass  # they ended with the engine
+
+    def call(self, function: Callable[[Engine], T]) -> T:
+        """Run `function(engine)` between two steps and return its result."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            assert self._engine is not None
+            try:
+                future.set_result(function(self._engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._send(run)
+        while True:  # wakes now and then, so that the end of the thread is noticed
+            try:
+                return future.result(timeout=0.5)
+            except FutureTimeoutError:
+                if self._end is not None and not self._thread.is_alive():
+                    raise self._end from None
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End all requests, free weights and KV cache, end the thread. Idempotent."""
+        error = EngineClosedError("the engine is closed (LLM.close() was called); make a new LLM")
+        with self._lock:
+            if self._end is None:
+                self._end = error
+            self._inbox.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _send(self, command: _Command) -> None:
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._inbox.put(command)
+
+    def _run(self) -> None:
+        engine = self._engine
+        assert engine is not None
+        try:
+            while self._end is None:
+                try:
+                    self._run_commands(wait=not engine.has_requests)
+                    if self._end is None and engine.has_requests:
+                        self._deliver(engine.step())
+                        self.last_progress = time.monotonic()
+                except EngineDeadError:
+                    raise
+                except BaseException as error:  # a bug outside of a step: nobody may hang on it
+                    logger.exception("the engine's thread failed; all its requests end")
+                    self._fail_all(engine, error)
+        except BaseException as error:
+            self._end = error
+        finally:
+            self._shut_down(engine)
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run what is in the inbox; with `wait`, sleep until there is something."""
+        try:
+            while True:
+                command = self._inbox.get(block=wait)
+                self.last_progress = time.monotonic()
+                wait = False
+                command()
+        except queue.Empty:
+            pass
+
+    def _deliver(self, changed: Sequence[Request]) -> None:
+        """Tell the streams of the requests that changed; forget those that finished."""
+        told: dict[RequestStream, list[Request]] = {}
+        for request in changed:
+            stream = self._streams.get(request)
+            if stream is None:
+                continue
+            if request.is_finished:
+                del self._streams[request]
+            elif not request.streaming:
+                continue
+            told.setdefault(stream, []).append(request)
+        for stream, requests in told.items():
+            stream.put(requests)
+
+    def _fail_all(self, engine: Engine, error: BaseException) -> None:
+        engine.fail_all(error)
+        for request in self._streams:
+            if not request.is_finished:  # it never got as far as the scheduler
+                request.error = error
+                request.finish(FinishReason.ERROR)
+        self._deliver(list(self._streams))
+
+    def _shut_down(self, engine: Engine) -> None:
+        """Fail what is left, in the inbox too, and let go of everything large."""
+        with self._lock:
+            assert self._end is not None
+            error = self._end
+        self._run_commands(wait=False)
+        self._fail_all(engine, error)
+        for stream in set(self._streams.values()):
+            stream.fail(error)
+        self._streams.clear()
+        self._engine = None
+        engine.release()

@@ -1,0 +1,110 @@
+"""From a model's folder to an engine that is ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nbllm.config import EngineConfig, ModelConfig
+from nbllm.engine.engine import Engine
+from nbllm.engine.kv_cache import resolve_config
+from nbllm.engine.model_runner import ModelRunner
+from nbllm.errors import InvalidRequestError, ModelLoadError
+from nbllm.models import load_model
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine and the shape of its model."""
+
+    engine: Engine
+    model_config: ModelConfig
+
+
+def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto") -> LoadedEngine:
+    """Load the weights, size and allocate the KV cache.
+
+    Args:
+        folder: holds config.json and the weights.
+        config: what the user chose.
+        load_format: "auto", "safetensors", "pt" or "dummy".
+
+    Raises:
+        ModelLoadError: the folder's content is missing, broken or of an unknown kind.
+        OutOfMemoryError: weights or KV cache do not fit.
+        InvalidRequestError: the device is not there.
+    """
+    model_config = ModelConfig.from_folder(folder)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    if load_format not in ("auto", "safetensors", "pt", "dummy"):
+        raise InvalidRequestError(
+            f"load_format must be 'auto', 'safetensors', 'pt' or 'dummy', got {load_format!r}",
+            parameter="load_format",
+        )
+    model = load_model(
+        model_config,
+        folder,
+        dtype=dtype,
+        device=device,
+        load_format=load_format,
+        max_model_len=config.max_model_len,
+        batch_invariant=config.batch_invariant,
+    )
+    resolved = resolve_config(config, model_config, device=device, dtype=dtype)
+    runner = ModelRunner(model, model_config, resolved, device=device, dtype=dtype)
+    return LoadedEngine(Engine(runner, resolved), model_config)
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InvalidRequestError: no such device on this machine.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequestError(f"device={device!r}: {error}", parameter="device") from error
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise InvalidRequestError(
+                f"device={device!r}, but torch sees {count} CUDA devices", parameter="device"
+            )
+        return torch.device("cuda", resolved.index or 0)
+    if resolved.type != "cpu":
+        raise InvalidRequestError(
+            f"device must be 'auto', 'cpu' or 'cuda', got {device!r}", parameter="device"
+        )
+    return resolved
+
+
+def resolve_dtype(choice: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights, activations and KV cache.
+
+    "auto" keeps the checkpoint's, unless the device is slow or unable with it: float32 becomes
+    half precision on a GPU (as in vLLM); half precision becomes float32 on a CPU without it.
+    """
+    names = {"half": "float16", "float": "float32"}
+    name = names.get(choice, choice)
+    if name == "auto":
+        name = checkpoint
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+            if name == "float32" or (name == "bfloat16" and not has_bfloat16):
+                name = "bfloat16" if has_bfloat16 else "float16"
+        elif name == "float16" or (name == "bfloat16" and not _cpu_has_bfloat16()):
+            name = "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelLoadError(f"config.json asks for the unknown dtype {name!r}; pass dtype=")
+    return dtype
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

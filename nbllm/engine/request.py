@@ -1,0 +1,199 @@
+"""Request: one sequence of tokens on its way through the engine.
+
+    WAITING ──admit──> RUNNING ──finish──> FINISHED
+       ^                  │
+       └─────preempt──────┘
+
+There is no prefill or decode state. `num_computed_tokens` says how many tokens have their keys
+and values in the cache; every step computes some more, and whenever it reaches `num_tokens` a new
+token is sampled. A prompt with `n` continuations is `n` requests; the first is the `leader` whose
+prompt pages the others share.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nbllm.outputs import PositionLogprobs, RequestMetrics
+from nbllm.sampling_params import SamplingParams
+
+StopChecker = Callable[[list[int]], str | None]
+"""Fed with newly sampled ids; returns the stop string that they complete, or None."""
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is; see the drawing above."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended; the value is what users and API clients see."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    REPETITION = "repetition"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one sequence. Only the engine's thread writes it once it is submitted.
+
+    Attributes:
+        request_id: unique within an engine.
+        token_ids: the prompt's token ids, then the generated ones.
+        num_prompt_tokens: how many of `token_ids` are the prompt.
+        sampling_params: what the user asked for.
+        max_tokens: upper bound on generated tokens, at least 1, already fitted to the context.
+        seed: 64-bit seed; the token at position p is drawn with noise that depends on
+            (seed, p) alone.
+        eos_token_ids: end-of-sequence ids; empty with `ignore_eos`.
+        priority: lower runs first under the priority policy.
+        arrival_index: position in the order of arrival; the engine sets it.
+        leader: the request whose prompt pages this one waits for, or None.
+        cache_salt: requests share cached pages only within the same salt.
+        bad_words_token_ids: token sequences that may not be completed.
+        stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
+        streaming: whether the reader wants to hear of every token or only of the end.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    max_tokens: int
+    seed: int
+    eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    arrival_index: int = -1
+    leader: Request | None = None
+    cache_salt: int = 0
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    stop_checker: StopChecker | None = None
+    streaming: bool = False
+
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    prefix_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: BaseException | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens together."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated token ids (a copy)."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """True once nothing more will be generated."""
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def is_decoding(self) -> bool:
+        """True if all that is left to compute is the token sampled last."""
+        return (
+            self.num_computed_tokens == len(self.token_ids) - 1
+            and self.num_computed_tokens >= self.num_prompt_tokens
+        )
+
+    @property
+    def has_computed_prompt(self) -> bool:
+        """True once the whole prompt is, or was, in the cache: followers may start."""
+        return self.num_computed_tokens >= self.num_prompt_tokens or self.is_finished
+
+    @property
+    def may_read_prefix_cache(self) -> bool:
+        """Prompt log-probabilities need every prompt token computed."""
+        params = self.sampling_params
+        return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
+
+    def start_running(self) -> None:
+        """WAITING -> RUNNING."""
+        self._expect(RequestStatus.WAITING)
+        self.status = RequestStatus.RUNNING
+        if not self.metrics.scheduled_time:
+            self.metrics.scheduled_time = time.monotonic()
+
+    def preempt(self) -> None:
+        """RUNNING -> WAITING: its pages are gone, its tokens will be computed again."""
+        self._expect(RequestStatus.RUNNING)
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.metrics.num_preemptions += 1
+
+    def finish(self, reason: FinishReason, *, stop_reason: int | str | None = None) -> None:
+        """WAITING or RUNNING -> FINISHED."""
+        if self.is_finished:
+            raise RuntimeError(f"request {self.request_id} is finished already")
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.metrics.finished_time = time.monotonic()
+
+    def append(self, token_id: int) -> None:
+        """Take one sampled token and finish if it ends the text.
+
+        Token ids are checked here; stop strings by `stop_checker`, which sees text.
+        """
+        self.token_ids.append(token_id)
+        if not self.metrics.first_token_time:
+            self.metrics.first_token_time = time.monotonic()
+        params = self.sampling_params
+        stop_string = self.stop_checker([token_id]) if self.stop_checker is not None else None
+        if self.num_output_tokens >= params.min_tokens:
+            if token_id in self.eos_token_ids:
+                self.finish(FinishReason.STOP)
+                return
+            if params.stop_token_ids and token_id in params.stop_token_ids:
+                self.finish(FinishReason.STOP, stop_reason=token_id)
+                return
+            if stop_string is not None:
+                self.finish(FinishReason.STOP, stop_reason=stop_string)
+                return
+        if self.num_output_tokens >= self.max_tokens:
+            self.finish(FinishReason.LENGTH)
+        elif params.repetition_detection is not None and self._repeats():
+            self.finish(FinishReason.REPETITION)
+
+    def _repeats(self) -> bool:
+        """True if the output ends in `min_count` copies of one pattern of an allowed size."""
+        detection = self.sampling_params.repetition_detection
+        assert detection is not None
+        end = len(self.token_ids)
+        for size in range(max(detection.min_pattern_size, 1), detection.max_pattern_size + 1):
+            start = end - size * detection.min_count
+            if start < self.num_prompt_tokens:
+                break
+            if self.token_ids[start : end - size] == self.token_ids[start + size : end]:
+                return True
+        return False
+
+    def _expect(self, status: RequestStatus) -> None:
+        if self.status is not status:
+            raise RuntimeError(
+                f"request {self.request_id} is {self.status.value}, expected {status.value}"
+            )

@@ -1,0 +1,86 @@
+"""RequestStream: how the requests of one call report back to whoever made it.
+
+The engine's thread marks requests as changed; the reader takes all that changed since it last
+looked. Tokens are not copied into the stream: a request's token list only grows, so a mark is just
+"it has this many tokens now", and a slow reader finds one mark where a fast one found ten. That
+keeps the engine's work per token constant, whatever the readers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+
+from nbllm.engine.request import Request
+
+Progress = tuple[Request, int]
+"""A request, and how many generated tokens of it may be read."""
+
+
+class RequestStream:
+    """Thread-safe; one reader, either `take()` from a thread or `take_async()` from an event loop.
+
+    Marks are unbounded in number but there is at most one per request.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed: dict[Request, int] = {}
+        self._error: BaseException | None = None
+        self._event = threading.Event()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def put(self, requests: Iterable[Request]) -> None:
+        """Mark requests as changed. Never blocks for longer than a dictionary update."""
+        with self._lock:
+            for request in requests:
+                self._changed[request] = request.num_output_tokens
+            self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Make the reader raise `error` once it has read what came before."""
+        with self._lock:
+            self._error = error
+            self._wake()
+
+    def take(self, timeout_s: float | None = None) -> list[Progress]:
+        """Wait for changes and return them; empty after `timeout_s` seconds without one.
+
+        The wait frees the GIL and ends at once on KeyboardInterrupt.
+        """
+        if not self._event.wait(timeout_s):
+            return []
+        return self._take_now()
+
+    async def take_async(self) -> list[Progress]:
+        """The same from a coroutine of any event loop."""
+        while True:
+            with self._lock:
+                if self._event.is_set():
+                    break
+                ready = asyncio.Event()
+                self._waiter = (asyncio.get_running_loop(), ready)
+            await ready.wait()
+        return self._take_now()
+
+    def _take_now(self) -> list[Progress]:
+        with self._lock:
+            changed = list(self._changed.items())
+            self._changed.clear()
+            self._event.clear()
+            if self._error is not None:
+                self._event.set()
+                if not changed:
+                    raise self._error
+            return changed
+
+    def _wake(self) -> None:
+        self._event.set()
+        if self._waiter is not None:
+            loop, ready = self._waiter
+            self._waiter = None
+            try:
+                loop.call_soon_threadsafe(ready.set)
+            except RuntimeError:
+                pass  # the reader's loop is closed: nobody is there to wake

@@ -1,0 +1,139 @@
+"""GenerationCall: the rows of one call on their way through the engine, whoever waits for them.
+
+`LLM.generate`, `stream`, `agenerate`, `astream`, the DataFrame accessor and the server are all
+loops around one of these; they differ in how they wait. Rows are taken from the caller's iterable
+only as fast as the engine needs them, so a call over a million rows holds a few thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from nbllm.engine.request_stream import Progress, RequestStream
+from nbllm.errors import InvalidRequestError
+from nbllm.inputs import EncodedPrompt
+from nbllm.output_processor import OutputProcessor, error_output
+from nbllm.outputs import RequestOutput
+from nbllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from nbllm.engine.engine_thread import EngineThread
+    from nbllm.engine.request import Request
+    from nbllm.inputs import RequestFactory
+    from nbllm.tokenizer import Tokenizer
+
+_CHUNK = 256  # rows tokenized at once
+
+Row = tuple[object, SamplingParams, int]
+"""A prompt as the user wrote it, its sampling parameters, its priority."""
+
+
+class GenerationCall:
+    """Rows in, `(row number, RequestOutput)` out.
+
+    Use as a context manager: leaving it aborts what still runs.
+
+    Args:
+        rows: taken lazily.
+        encode: many prompts -> `EncodedPrompt`s.
+        factory: makes the requests.
+        thread: runs them.
+        tokenizer: for the texts, or None.
+        max_in_flight: rows submitted and not yet finished.
+        output_kind: FINAL_ONLY yields each row once; otherwise each change of a row.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        *,
+        encode: Callable[[list[object]], list[EncodedPrompt]],
+        factory: RequestFactory,
+        thread: EngineThread,
+        tokenizer: Tokenizer | None,
+        max_in_flight: int,
+        output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+    ) -> None:
+        self.stream = RequestStream()
+        self._rows = iter(rows)
+        self._encode = encode
+        self._factory = factory
+        self._thread = thread
+        self._tokenizer = tokenizer
+        self._max_in_flight = max_in_flight
+        self._output_kind = output_kind
+        self._active: dict[Request, tuple[int, OutputProcessor]] = {}
+        self._num_rows = 0
+        self._num_in_flight = 0
+        self._exhausted = False
+        self._failed: list[tuple[int, RequestOutput]] = []
+
+    def __enter__(self) -> GenerationCall:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if results will arrive on `stream`; False if everything was reported."""
+        return self._num_in_flight > 0
+
+    def close(self) -> None:
+        """Abort what still runs. Idempotent."""
+        self._exhausted = True
+        if self._active:
+            self._thread.abort(list(self._active))
+            self._active.clear()
+            self._num_in_flight = 0
+
+    def submit(self) -> Iterator[tuple[int, RequestOutput]]:
+        """Keep the engine supplied; yields the rows that failed before they reached it."""
+        while not self._exhausted and self._num_in_flight <= self._max_in_flight - _CHUNK // 2:
+            chunk = list(islice(self._rows, min(_CHUNK, self._max_in_flight)))
+            if not chunk:
+                self._exhausted = True
+                break
+            self._submit_chunk(chunk)
+            yield from self._failed
+            self._failed.clear()
+
+    def absorb(self, progress: list[Progress]) -> Iterator[tuple[int, RequestOutput]]:
+        """Turn what `stream` delivered into outputs."""
+        changed: dict[int, OutputProcessor] = {}
+        for request, num_output_tokens in progress:
+            if request not in self._active:
+                continue
+            number, processor = self._active[request]
+            processor.update(request, num_output_tokens)
+            if request.is_finished:
+                del self._active[request]
+            changed[number] = processor
+        for number, processor in changed.items():
+            finished = processor.is_finished
+            if finished:
+                self._num_in_flight -= 1
+            if finished or self._output_kind != RequestOutputKind.FINAL_ONLY:
+                yield number, processor.report()
+
+    def _submit_chunk(self, chunk: list[Row]) -> None:
+        encoded = self._encode([prompt for prompt, _, _ in chunk])
+        streaming = self._output_kind != RequestOutputKind.FINAL_ONLY
+        requests: list[Request] = []
+        for row, (_, params, priority) in zip(encoded, chunk, strict=True):
+            number = self._num_rows
+            self._num_rows += 1
+            try:
+                made = self._factory.make(row, params, priority=priority, streaming=streaming)
+            except InvalidRequestError as error:
+                self._failed.append((number, error_output(f"invalid-{number}", row, error)))
+                continue
+            processor = OutputProcessor(row, made, params, self._tokenizer, self._output_kind)
+            for request in made:
+                self._active[request] = (number, processor)
+            self._num_in_flight += 1
+            requests += made
+        if requests:
+            self._thread.submit(requests, self.stream)

@@ -1,0 +1,469 @@
+"""LLM: a model in the notebook's kernel, with vLLM's interface."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import repeat
+from pathlib import Path
+from typing import Any, cast
+
+from nbllm.beam_search import beam_search
+from nbllm.config import EngineConfig, ModelConfig
+from nbllm.engine.engine_thread import EngineThread
+from nbllm.engine.loading import LoadedEngine, load_engine
+from nbllm.errors import Interrupted, InvalidRequestError, NbllmError
+from nbllm.generation_call import GenerationCall, Row
+from nbllm.hub import resolve_model
+from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
+from nbllm.output_processor import make_detokenizer
+from nbllm.outputs import BeamSearchOutput, RequestOutput
+from nbllm.progress import progress_bar
+from nbllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nbllm.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+_live: weakref.WeakSet[LLM] = weakref.WeakSet()
+
+
+class LLM:
+    """Loads a model and generates text with it, many requests at once.
+
+    All methods may be called from any thread, and all calls share one continuous batch.
+
+    Args:
+        model: the bundled demo model if None; else a local folder or a name on the hub.
+        tokenizer: where the tokenizer is, if not with the model.
+        tokenizer_mode: "auto" (the only mode).
+        skip_tokenizer_init: work with token ids only.
+        trust_remote_code: must be False; code from a model's folder is never run.
+        revision: branch, tag or commit on the hub.
+        hf_token: access token for the hub.
+        download_dir: cache folder for downloads.
+        load_format: "auto", "safetensors", "pt", or "dummy" (random weights from the
+            configuration alone, for benchmarks).
+        chat_template: Jinja text to use instead of the tokenizer's.
+        **options: the fields of `EngineConfig`: dtype, device, max_model_len, max_num_seqs,
+            gpu_memory_utilization, enable_prefix_caching, seed, ...
+
+    Attributes:
+        config: the resolved `EngineConfig`.
+        model_config: shape of the model.
+        model_name: what was asked for, or "nbllm-demo".
+
+    Raises:
+        ModelLoadError: the model can't be found or read.
+        OutOfMemoryError: the configuration does not fit; says what to lower.
+        InvalidRequestError: an option has a wrong value.
+        TypeError: there is no such option.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        tokenizer_mode: str = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        hf_token: str | bool | None = None,
+        download_dir: str | Path | None = None,
+        load_format: str = "auto",
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> None:
+        config = _make_config(options)
+        if tokenizer_mode != "auto":
+            raise InvalidRequestError("tokenizer_mode must be 'auto'", parameter="tokenizer_mode")
+        if trust_remote_code:
+            raise InvalidRequestError(
+                "nbllm never runs code from a model's folder: leave trust_remote_code out",
+                parameter="trust_remote_code",
+            )
+        source = {"revision": revision, "token": hf_token, "cache_dir": download_dir}
+        folder = resolve_model(model, load_format=load_format, **source)
+        self._tokenizer: Tokenizer | None = None
+        if not skip_tokenizer_init:
+            tokenizer_folder = folder
+            if tokenizer is not None:
+                tokenizer_folder = resolve_model(tokenizer, load_format="tokenizer", **source)
+            self._tokenizer = Tokenizer.from_folder(tokenizer_folder)
+        loaded = load_engine(folder, config, load_format=load_format)
+        self._start(loaded, "nbllm-demo" if model is None else str(model), chat_template)
+
+    def _start(self, loaded: LoadedEngine, name: str, chat_template: str | None) -> None:
+        self.config: EngineConfig = loaded.engine.config
+        self.model_config: ModelConfig = loaded.model_config
+        self.model_name = name
+        self.chat_template = chat_template
+        self._thread = EngineThread(loaded.engine)
+        # Not a bound method: the finalizer must not keep `self` alive.
+        self._finalizer = weakref.finalize(self, EngineThread.close, self._thread)
+        tokenizer = self._tokenizer
+        self._factory = RequestFactory(
+            self.config,
+            self.model_config,
+            tokenize=_tokenize_function(tokenizer),
+            make_stop_checker=_stop_checker_factory(tokenizer),
+            draw_seed=_seed_source(self.config.seed),
+        )
+        _live.add(self)
+
+    # -- generating ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: Any = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; returns when all are done, in the prompts' order.
+
+        Args:
+            prompts: str, token ids, `{"prompt": str}`, `{"prompt_token_ids": list}`, or a list
+                of those.
+            sampling_params: one for all prompts, or one each; None is
+                `get_default_sampling_params()`.
+            use_tqdm: show progress; or a callable that makes a tqdm-like bar.
+            priority: one number per prompt, lower first (with scheduling_policy="priority").
+
+        Returns:
+            one `RequestOutput` per prompt. A row that is wrong has its `error` set and does not
+            affect the others.
+
+        Raises:
+            InvalidRequestError: a single prompt (not in a list) is wrong, or the arguments do
+                not fit together.
+            Interrupted: Ctrl-C; `.partial` holds the outputs so far (None where unfinished).
+            EngineClosedError, EngineDeadError: no more requests are taken.
+        """
+        is_single = is_single_prompt(prompts)
+        rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
+        outputs: list[RequestOutput | None] = [None] * len(rows)
+        bar = progress_bar(
+            len(rows), "Generating", enabled=use_tqdm if len(rows) > 1 else False, unit="prompt"
+        )
+        try:
+            for index, output in self.generate_iter(rows, sampling_params, priority=priority):
+                outputs[index] = output
+                bar.update(1, **_token_counts(output))
+        except KeyboardInterrupt as error:
+            raise Interrupted(partial=outputs) from error
+        finally:
+            bar.close()
+        return _checked(cast("list[RequestOutput]", outputs), is_single)
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        priority: Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Yield `(row number, output)` for each prompt as it finishes.
+
+        `prompts` may be lazy: rows are taken as the engine needs them. Closing the iterator
+        aborts what still runs.
+        """
+        with self._call(self._rows(prompts, sampling_params, priority)) as call:
+            yield from call.submit()
+            while call.is_waiting:
+                yield from call.absorb(call.stream.take())
+                yield from call.submit()
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield the output of one prompt again and again as it grows.
+
+        Each item holds everything so far, or with `output_kind=DELTA` what is new. Closing the
+        iterator aborts the request.
+        """
+        params = sampling_params or self.get_default_sampling_params()
+        with self._call([(prompt, params, 0)], params.output_kind) as call:
+            yield from _raise_errors(call.submit())
+            while call.is_waiting:
+                yield from _raise_errors(call.absorb(call.stream.take()))
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for any event loop; cancelling the task aborts the requests."""
+        is_single = is_single_prompt(prompts)
+        rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
+        outputs: list[RequestOutput | None] = [None] * len(rows)
+        with self._call(self._rows(rows, sampling_params, priority)) as call:
+            for index, output in call.submit():
+                outputs[index] = output
+            while call.is_waiting:
+                for index, output in call.absorb(await call.stream.take_async()):
+                    outputs[index] = output
+                for index, output in call.submit():
+                    outputs[index] = output
+        return _checked(cast("list[RequestOutput]", outputs), is_single)
+
+    async def astream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """`stream` for any event loop."""
+        params = sampling_params or self.get_default_sampling_params()
+        with self._call([(prompt, params, priority)], params.output_kind) as call:
+            for output in _raise_errors(call.submit()):
+                yield output
+            while call.is_waiting:
+                for output in _raise_errors(call.absorb(await call.stream.take_async())):
+                    yield output
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: Any = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or many (a list of those).
+
+        Args:
+            messages: `{"role": ..., "content": ...}` dicts.
+            sampling_params: as in `generate`.
+            use_tqdm: as in `generate`.
+            **template_options: as in `encode_chat`.
+
+        Raises:
+            InvalidRequestError: there is no chat template, or it refuses a single conversation.
+        """
+        is_single = not messages or isinstance(messages[0], Mapping)
+        conversations = [messages] if is_single else messages
+        prompts: list[Any] = []
+        for conversation in conversations:
+            try:
+                prompts.append(
+                    self.encode_chat(cast("Sequence[Message]", conversation), **template_options)
+                )
+            except InvalidRequestError as error:
+                if is_single:
+                    raise
+                prompts.append(EncodedPrompt(None, [], error))
+        return self.generate(
+            prompts[0] if is_single else prompts, sampling_params, use_tqdm=use_tqdm
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Render a conversation to a prompt: `{"prompt": text, "prompt_token_ids": ids}`.
+
+        Args:
+            messages: the conversation.
+            chat_template: Jinja text; default that of the LLM, then the tokenizer's.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, to be continued.
+            tools: JSON-schema descriptions of functions, for templates that know tools.
+            chat_template_kwargs: further variables for the template.
+
+        Raises:
+            InvalidRequestError: no template, or the template refuses the conversation.
+        """
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, False)}
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` most probable continuations of each prompt, best first."""
+        rows = [prompts] if is_single_prompt(prompts) else cast("Sequence[Prompt]", prompts)
+        return [beam_search(self, prompt, params) for prompt in rows]
+
+    # -- state --------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; InvalidRequestError with `skip_tokenizer_init`."""
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "this LLM has no tokenizer (skip_tokenizer_init=True)", parameter="tokenizer"
+            )
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's `generation_config.json` recommends."""
+        return SamplingParams.from_generation_config(self.model_config.generation_config)
+
+    def get_metrics(self) -> dict[str, float | int]:
+        """Counters and gauges of the engine, under vLLM's names."""
+        return self._thread.call(lambda engine: engine.metrics())
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._thread.call(lambda engine: engine.block_manager.drop_cached_prefixes())
+
+    def is_healthy(self) -> bool:
+        """True if the engine takes requests and its steps make progress."""
+        return self._thread.is_healthy()
+
+    def close(self) -> None:
+        """End all requests and give the memory back. Idempotent; also at the end of `with`."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._thread.error is None else ", closed"
+        return f"LLM({self.model_name!r}, {self.config.device}, {self.config.dtype}{state})"
+
+    # -- the pieces ---------------------------------------------------------------------------
+
+    def _call(
+        self,
+        rows: Iterable[Row],
+        output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+    ) -> GenerationCall:
+        if self._thread.error is not None:
+            raise self._thread.error
+        assert self.config.max_num_seqs is not None
+        return GenerationCall(
+            rows,
+            encode=self._encode,
+            factory=self._factory,
+            thread=self._thread,
+            tokenizer=self._tokenizer,
+            max_in_flight=max(4 * self.config.max_num_seqs, 512),
+            output_kind=output_kind,
+        )
+
+    def _rows(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
+        priority: Iterable[int] | None,
+    ) -> Iterator[Row]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            params: Iterable[SamplingParams] = repeat(sampling_params)
+        else:
+            params = sampling_params
+            _check_length(prompts, params, "sampling_params")
+        if priority is not None:
+            _check_length(prompts, priority, "priority")
+        return zip(prompts, params, repeat(0) if priority is None else priority, strict=False)
+
+    def _encode(self, prompts: list[Any]) -> list[EncodedPrompt]:
+        rows = [prompt for prompt in prompts if not isinstance(prompt, EncodedPrompt)]
+        encode_batch = self._tokenizer.encode_batch if self._tokenizer is not None else None
+        encoded = iter(encode_prompts(rows, encode_batch))
+        return [p if isinstance(p, EncodedPrompt) else next(encoded) for p in prompts]
+
+
+def last_created_llm() -> LLM | None:
+    """An `LLM` of this kernel that is still open, or None."""
+    for llm in _live:
+        if llm._thread.error is None:
+            return llm
+    return None
+
+
+def _make_config(options: dict[str, Any]) -> EngineConfig:
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
+    return EngineConfig(**options)
+
+
+def _tokenize_function(tokenizer: Tokenizer | None) -> Any:
+    if tokenizer is None:
+        return None
+    return lambda text: tokenizer.encode(text, False)
+
+
+def _stop_checker_factory(tokenizer: Tokenizer | None) -> Any:
+    if tokenizer is None:
+        return None
+
+    def make(prompt_token_ids: list[int], params: SamplingParams) -> Any:
+        detokenizer = make_detokenizer(tokenizer, prompt_token_ids, params)
+
+        def check(token_ids: list[int]) -> str | None:
+            detokenizer.push(token_ids)
+            return detokenizer.stop_reason
+
+        return check
+
+    return make
+
+
+def _seed_source(seed: int) -> Any:
+    source = random.Random(seed)
+    return lambda: source.getrandbits(64)
+
+
+def _check_length(prompts: Iterable[Any], values: Iterable[Any], parameter: str) -> None:
+    if isinstance(prompts, Sequence) and isinstance(values, Sequence):
+        if len(prompts) != len(values):
+            raise InvalidRequestError(
+                f"{parameter} has {len(values)} entries for {len(prompts)} prompts",
+                parameter=parameter,
+            )
+
+
+def _raise_errors(outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[RequestOutput]:
+    for _, output in outputs:
+        if output.error is not None:
+            raise output.error
+        yield output
+
+
+def _checked(outputs: list[RequestOutput], is_single: bool) -> list[RequestOutput]:
+    """Raise the error of a single prompt; warn of what a list of outputs might hide."""
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors and is_single:
+        raise errors[0]
+    fatal = [error for error in errors if not isinstance(error, NbllmError)]
+    if errors:
+        warnings.warn(
+            f"{len(errors)} of {len(outputs)} prompts failed, see RequestOutput.error; "
+            f"the first: {(fatal or errors)[0]}",
+            stacklevel=3,
+        )
+    return outputs
+
+
+def _token_counts(output: RequestOutput) -> dict[str, int]:
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "tokens": sum(len(completion.token_ids) for completion in output.outputs),
+    }

@@ -1,0 +1,284 @@
+"""The dense decoder: Llama, and everybody who differs from it by a few flags.
+
+    hidden = embed(ids)
+    for each layer:  hidden += attention(norm(hidden));  hidden += mlp(norm(hidden))
+    logits = head(norm(hidden))
+
+Flags of `ModelConfig`: biases (Qwen 2), norms of q and k (Qwen 3, OLMo 2, Gemma 3), norms after
+instead of or as well as before (OLMo 2; Gemma 2 and 3), sliding windows and rotary embeddings per
+layer (Mistral, Gemma, SmolLM 3), soft-capped scores (Gemma 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from nbllm_kernels import (
+    AttentionMetadata,
+    gelu_and_mul,
+    paged_attention,
+    rms_norm,
+    rotary,
+    silu_and_mul,
+    store_kv,
+)
+from torch import Tensor, nn
+
+from nbllm.config import ModelConfig
+from nbllm.errors import ModelLoadError
+from nbllm.models.layers import Embedding, LanguageModelHead, Linear
+from nbllm.models.loading import load_parameters
+from nbllm.models.rope import cos_sin_cache
+
+
+class RMSNorm(nn.Module):
+    """See `nbllm_kernels.rms_norm`."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps = config.rms_norm_eps
+        self.offset = config.norm_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, rms_norm(x, self.weight, self.eps, weight_offset=self.offset))
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        result = rms_norm(
+            x, self.weight, self.eps, residual=residual, weight_offset=self.offset
+        )
+        return cast("tuple[Tensor, Tensor]", result)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, batch_invariant: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.q_size = config.num_heads * config.head_dim
+        self.kv_size = config.num_kv_heads * config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.layer_windows[layer]
+        self.qk_norm = config.qk_norm
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            self.q_size + 2 * self.kv_size,
+            config.attention_bias,
+            batch_invariant=batch_invariant,
+        )
+        self.o_proj = Linear(
+            self.q_size, config.hidden_size, config.output_bias, batch_invariant=batch_invariant
+        )
+        if config.qk_norm == "head":
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
+        elif config.qk_norm == "full":
+            self.q_norm = RMSNorm(self.q_size, config)
+            self.k_norm = RMSNorm(self.kv_size, config)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: Tensor | None,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotary(q, k, rope, positions)
+        key_cache, value_cache = kv_cache
+        store_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
+        attended = paged_attention(
+            q,
+            key_cache,
+            value_cache,
+            metadata,
+            scale=self.scale,
+            sliding_window=self.window,
+            softcap=self.softcap,
+        )
+        return cast(Tensor, self.o_proj(attended.flatten(-2)))
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, batch_invariant: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(
+            config.hidden_size,
+            2 * config.intermediate_size,
+            config.mlp_bias,
+            batch_invariant=batch_invariant,
+        )
+        self.down_proj = Linear(
+            config.intermediate_size,
+            config.hidden_size,
+            config.mlp_bias,
+            batch_invariant=batch_invariant,
+        )
+        self.activation = config.hidden_act
+        if self.activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
+            raise ModelLoadError(f"config.json: hidden_act {self.activation!r} is not supported")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj(x)
+        if self.activation == "silu":
+            return cast(Tensor, self.down_proj(silu_and_mul(gate_up)))
+        approximate = "tanh" if self.activation == "gelu_pytorch_tanh" else "none"
+        return cast(Tensor, self.down_proj(gelu_and_mul(gate_up, approximate)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP with their norms.
+
+    `hidden` and `residual` travel apart, so that adding them is part of the next norm.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, batch_invariant: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer, batch_invariant)
+        self.mlp = MLP(config, batch_invariant)
+        size = config.hidden_size
+        self.placement = config.norm_placement
+        self.post_attention_layernorm = RMSNorm(size, config)
+        if self.placement != "post":
+            self.input_layernorm = RMSNorm(size, config)
+        if self.placement == "both":
+            self.pre_feedforward_layernorm = RMSNorm(size, config)
+        if self.placement != "pre":
+            self.post_feedforward_layernorm = RMSNorm(size, config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        rope: Tensor | None,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        if self.placement == "post":
+            x = hidden if residual is None else hidden + residual
+            attended = self.self_attn(x, positions, rope, kv_cache, metadata)
+            x = x + self.post_attention_layernorm(attended)
+            return self.post_feedforward_layernorm(self.mlp(x)), x
+        if residual is None:
+            x, residual = self.input_layernorm(hidden), hidden
+        else:
+            x, residual = self.input_layernorm.add(hidden, residual)
+        attended = self.self_attn(x, positions, rope, kv_cache, metadata)
+        if self.placement == "pre":
+            x, residual = self.post_attention_layernorm.add(attended, residual)
+            return self.mlp(x), residual
+        attended = self.post_attention_layernorm(attended)
+        x, residual = self.pre_feedforward_layernorm.add(attended, residual)
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
+
+
+class Decoder(nn.Module):
+    """A dense decoder-only language model; see the module's docstring.
+
+    Args:
+        config: the model's shape and flags.
+        max_model_len: longest sequence; sizes the rotary tables.
+        batch_invariant: see `nbllm_kernels.linear`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, max_model_len: int, batch_invariant: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.max_model_len = max_model_len
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(config, layer, batch_invariant) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.lm_head = LanguageModelHead(
+            config.hidden_size,
+            config.vocab_size,
+            embedding=self.embed_tokens if config.tie_word_embeddings else None,
+            softcap=config.final_softcap,
+            batch_invariant=batch_invariant,
+        )
+        self._ropes: list[Tensor | None] = []
+
+    def prepare(self, device: torch.device) -> None:
+        """Compute the rotary tables, one per kind that occurs."""
+        tables = {
+            id(rope): cos_sin_cache(rope, self.max_model_len, device)
+            for rope in self.config.layer_ropes
+            if rope is not None
+        }
+        self._ropes = [
+            tables[id(rope)] if rope is not None else None for rope in self.config.layer_ropes
+        ]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Hidden states, [num_tokens, hidden_size], of the new tokens.
+
+        Args:
+            input_ids, positions: [num_tokens] int64.
+            kv_caches: per layer [2, num_blocks, num_kv_heads, block_size, head_dim]; written.
+            metadata: where the tokens stand.
+        """
+        hidden = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the dtype first, as transformers does.
+            hidden = hidden * torch.tensor(self.config.embedding_scale).to(hidden)
+        residual: Tensor | None = None
+        for layer, rope, kv_cache in zip(self.layers, self._ropes, kv_caches, strict=True):
+            hidden, residual = layer(hidden, residual, positions, rope, kv_cache, metadata)
+        assert residual is not None
+        return self.norm.add(hidden, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[N, vocab_size] float32 logits of hidden states [N, hidden_size]."""
+        return cast(Tensor, self.lm_head(hidden))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy a checkpoint's tensors in, fusing q, k, v and gate, up on the way.
+
+        Raises:
+            ModelLoadError: tensors are missing, unexpected or of another shape.
+        """
+        config = self.config
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        inner = config.intermediate_size
+        load_parameters(
+            self,
+            weights,
+            strip_prefix="model.",
+            rename={"lm_head.": "lm_head.projection."},
+            fused={
+                "q_proj": ("qkv_proj", 0, q),
+                "k_proj": ("qkv_proj", q, kv),
+                "v_proj": ("qkv_proj", q + kv, kv),
+                "gate_proj": ("gate_up_proj", 0, inner),
+                "up_proj": ("gate_up_proj", inner, inner),
+            },
+            ignored=("rotary_emb.inv_freq",)
+            + (("lm_head.",) if config.tie_word_embeddings else ()),
+        )

@@ -1,0 +1,111 @@
+"""What users receive. The names and fields are vLLM's; additions are marked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """The log-probability of one token at one position.
+
+    Attributes:
+        logprob: natural logarithm, from the model's raw distribution (before temperature,
+            penalties and filters).
+        rank: 1 for the most likely token of the vocabulary, 2 for the next, ...
+        decoded_token: the token's text.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id -> Logprob: the tokens reported at one position."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated continuation.
+
+    Attributes:
+        index: position among the `n` continuations of the request.
+        text: generated text (empty with `detokenize=False`).
+        token_ids: generated token ids.
+        cumulative_logprob: sum of the log-probabilities of the generated tokens, or None
+            if no logprobs were asked for.
+        logprobs: one dict per generated token, or None.
+        finish_reason: "stop", "length", "abort", "error", or None while it runs.
+        stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """True once nothing more will be generated."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic()`; 0.0 means not yet."""
+
+    arrival_time: float = 0.0
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer to one prompt.
+
+    Attributes:
+        request_id: unique within the `LLM`.
+        prompt: the prompt's text, or None if token ids were given.
+        prompt_token_ids: the prompt as the model saw it.
+        prompt_logprobs: one entry per prompt token (the first is None), if asked for.
+        outputs: `n` continuations.
+        finished: True once all continuations ended.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        metrics: times of this request.
+        error: (addition) why this request failed, or None. The other requests of the
+            same call are not affected.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One beam: prompt and continuation together, as vLLM reports it."""
+
+    tokens: list[int]
+    cum_logprob: float
+    logprobs: list[PositionLogprobs]
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The best beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

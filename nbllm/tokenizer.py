@@ -1,0 +1,187 @@
+"""Tokenizer: text to token ids and back, without importing transformers where that can be avoided.
+
+A folder with a `tokenizer.json` is read by the `tokenizers` library alone, which takes a fraction
+of a second; `transformers` is imported only for folders that have older files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from nbllm.chat_template import render_chat_template
+from nbllm.detokenizer import IncrementalDetokenizer
+from nbllm.errors import InvalidRequestError, ModelLoadError
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Args:
+        fast: the `tokenizers` object that does the work.
+        special_tokens: name -> text, such as {"eos_token": "</s>"}.
+        chat_template: Jinja text, or a dict of named ones, or None.
+
+    Attributes:
+        eos_token_id, bos_token_id: or None.
+        chat_template: the default template, or None.
+    """
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+    ) -> None:
+        self.backend = fast
+        self.special_tokens = dict(special_tokens or {})
+        templates = chat_template if isinstance(chat_template, Mapping) else {}
+        self.chat_template = templates.get("default") if templates else chat_template
+        self._tool_template = templates.get("tool_use")
+        self.eos_token_id = self._special_id("eos_token")
+        self.bos_token_id = self._special_id("bos_token")
+        added = fast.get_added_tokens_decoder()
+        self.all_special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Load from a model folder.
+
+        Raises:
+            ModelLoadError: no tokenizer there, or a damaged one.
+        """
+        config = _read_json(folder / "tokenizer_config.json")
+        path = folder / "tokenizer.json"
+        if path.is_file():
+            try:
+                fast = FastTokenizer.from_file(str(path))
+            except Exception as error:  # the library raises bare Exceptions
+                raise ModelLoadError(f"tokenizer.json in {folder}: {error}") from error
+        else:
+            fast = _convert(folder)
+        fast.no_truncation()
+        fast.no_padding()
+        special = _read_json(folder / "special_tokens_map.json") | config
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+        texts = {name: _token_text(special[name]) for name in names if special.get(name)}
+        return cls(fast, special_tokens=texts, chat_template=_read_template(folder, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of many texts, on all cores."""
+        encodings = self.backend.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own, special or not."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+        """The vocabulary's entries; None for an id that it does not have."""
+        return [self.backend.id_to_token(token_id) for token_id in ids]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation to the text that the model was trained on.
+
+        Raises:
+            InvalidRequestError: there is no template, or it fails on this conversation.
+        """
+        template = chat_template or (self._tool_template if tools else None) or self.chat_template
+        if template is None:
+            raise InvalidRequestError(
+                "this model has no chat template: pass chat_template=, or use generate()",
+                parameter="chat_template",
+            )
+        return render_chat_template(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=self.special_tokens | variables,
+        )
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id: int | None = self.backend.token_to_id(text) if text is not None else None
+        return token_id
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path.name}: can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path.name}: expected a JSON object")
+    return content
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, with names
+        return {entry["name"]: entry["template"] for entry in template}
+    return template if isinstance(template, str) else None
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _convert(folder: Path) -> FastTokenizer:
+    """Build the fast tokenizer of a folder that has vocab.json, merges.txt or a .model file."""
+    files = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in files):
+        raise ModelLoadError(
+            f"no tokenizer in {folder} (tokenizer.json is missing): pass tokenizer=, "
+            "or skip_tokenizer_init=True and token ids"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:
+        raise ModelLoadError(f"the tokenizer in {folder} can't be loaded: {error}") from error
+    fast = FastTokenizer.from_str(backend.to_str())
+    specials = [AddedToken(text, special=True) for text in tokenizer.all_special_tokens]
+    fast.add_special_tokens(specials)
+    return fast
