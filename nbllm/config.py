@@ -60,7 +60,7 @@ class EngineConfig:
             )
         if self.tensor_parallel_size != 1:
             raise InvalidRequestError(
-                f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size!r}",
+                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size!r}",
                 parameter="tensor_parallel_size",
             )
         if self.scheduling_policy not in ("fcfs", "priority"):
@@ -70,8 +70,7 @@ class EngineConfig:
             )
         if self.dtype not in ("auto", "float32", "float16", "bfloat16", "float", "half"):
             raise InvalidRequestError(
-                "dtype must be 'auto', 'float32', 'float16' or 'bfloat16', "
-                f"got {self.dtype!r}",
+                f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {self.dtype!r}",
                 parameter="dtype",
             )
 

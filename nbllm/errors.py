@@ -4,10 +4,10 @@ NbllmError
 ├── InvalidRequestError (ValueError)      one request is wrong; `.parameter` names the culprit
 │   └── PromptTooLongError                the prompt does not fit into `max_model_len`
 ├── ModelLoadError                        a checkpoint can't be found, read or understood
-├── OutOfMemoryError (MemoryError)        the configuration does not fit; the message says what to lower
+├── OutOfMemoryError (MemoryError)        the configuration does not fit; says what to lower
 ├── RequestFailedError                    a step of the engine failed while it ran this request
 ├── EngineClosedError                     `LLM.close()` was called
-└── EngineDeadError                       the engine can't go on in this process; `__cause__` says why
+└── EngineDeadError                       the engine can't go on; `__cause__` says why
 
 Interrupted (KeyboardInterrupt)           Ctrl-C stopped one call; `.partial` is what was finished
 

@@ -54,8 +54,8 @@ def _from_hugging_face(
     cache_dir: str | Path | None,
     load_format: str,
 ) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
 
     options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:

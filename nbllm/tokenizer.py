@@ -84,7 +84,9 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
         encodings = self.backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens

@@ -28,9 +28,7 @@ class PackedWeight:
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias for x [num_rows, in_features]."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, bias, "none", [], ""
-        )
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return output
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nbllm_kernels import AttentionMetadata
 from torch import Tensor
 
 from nbllm.engine.request import Request
 from nbllm.engine.scheduler import SchedulerOutput
 from nbllm.sampling_params import SamplingParams
+from nbllm_kernels import AttentionMetadata
 
 # Columns of the table of float sampling parameters.
 TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
@@ -155,9 +155,7 @@ class Batch:
         self.last_token[step.sampled_rows] = token_ids
         if self.output_counts is not None:
             ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
-            self.output_counts.index_put_(
-                (step.sampled_rows, token_ids), ones, accumulate=True
-            )
+            self.output_counts.index_put_((step.sampled_rows, token_ids), ones, accumulate=True)
 
     def _add_new(self, requests: list[Request]) -> None:
         new = [request for request in requests if request not in self.rows]

@@ -1,4 +1,5 @@
-"""ModelRunner: runs the model on one step's batch and samples. Owns the weights and the KV cache."""
+"""ModelRunner: runs the model on one step's batch and samples. Owns the weights and the KV
+cache."""
 
 from __future__ import annotations
 
@@ -141,9 +142,7 @@ class ModelRunner:
         )
         result.logprobs.update(zip(requests, entries, strict=True))
 
-    def _score_prompts(
-        self, hidden: Tensor, output: SchedulerOutput, result: StepOutput
-    ) -> None:
+    def _score_prompts(self, hidden: Tensor, output: SchedulerOutput, result: StepOutput) -> None:
         """Log-probabilities of the prompt tokens that follow the ones computed in this step."""
         offset = 0
         for item in output.scheduled:

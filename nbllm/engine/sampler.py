@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from nbllm_kernels import SamplingTensors, sample
 from torch import Tensor
 
 from nbllm.engine.batch import (
@@ -20,6 +19,7 @@ from nbllm.engine.batch import (
     has_penalties,
 )
 from nbllm.engine.request import Request
+from nbllm_kernels import SamplingTensors, sample
 
 
 class Sampler:

@@ -15,6 +15,13 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+from torch import Tensor, nn
+
+from nbllm.config import ModelConfig
+from nbllm.errors import ModelLoadError
+from nbllm.models.layers import Embedding, LanguageModelHead, Linear
+from nbllm.models.loading import load_parameters
+from nbllm.models.rope import cos_sin_cache
 from nbllm_kernels import (
     AttentionMetadata,
     gelu_and_mul,
@@ -24,13 +31,6 @@ from nbllm_kernels import (
     silu_and_mul,
     store_kv,
 )
-from torch import Tensor, nn
-
-from nbllm.config import ModelConfig
-from nbllm.errors import ModelLoadError
-from nbllm.models.layers import Embedding, LanguageModelHead, Linear
-from nbllm.models.loading import load_parameters
-from nbllm.models.rope import cos_sin_cache
 
 
 class RMSNorm(nn.Module):
@@ -47,9 +47,7 @@ class RMSNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
-        result = rms_norm(
-            x, self.weight, self.eps, residual=residual, weight_offset=self.offset
-        )
+        result = rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset)
         return cast("tuple[Tensor, Tensor]", result)
 
 

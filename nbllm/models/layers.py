@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
-from nbllm_kernels import PackedWeight, Weight, linear, pack_weight
 from torch import Tensor, nn
+
+from nbllm_kernels import PackedWeight, Weight, linear, pack_weight
 
 
 class Linear(nn.Module):
@@ -28,9 +28,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        )
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.batch_invariant = batch_invariant
         self._packed: PackedWeight | None = None
 

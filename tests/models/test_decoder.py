@@ -1,0 +1,89 @@
+"""Every architecture gives the tokens that transformers gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nbllm import LLM, SamplingParams
+
+HEAD = {"head_dim": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+# One line each: test id, class prefix in transformers, configuration.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "Llama", HEAD),
+    ("llama-linear", "Llama", HEAD | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ("llama-llama3", "Llama", HEAD | {"rope_scaling": LLAMA3 | YARN | {"rope_type": "llama3"}}),
+    ("llama-yarn", "Llama", HEAD | {"rope_scaling": YARN}),
+    ("llama-bias", "Llama", HEAD | {"attention_bias": True, "mlp_bias": True}),
+    ("llama-tied", "Llama", HEAD | {"tie_word_embeddings": True}),
+    ("mistral-window", "Mistral", HEAD | {"sliding_window": 24}),
+    ("qwen2", "Qwen2", {}),
+    ("qwen3", "Qwen3", HEAD),
+    ("phi3", "Phi3", {"sliding_window": None}),
+    ("gemma2", "Gemma2", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
+    ("gemma3", "Gemma3Text", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
+    ("smollm3", "SmolLM3", {}),
+    ("olmo2", "Olmo2", {}),
+]
+CLASSES = {"Gemma3Text": ("Gemma3Text", "Gemma3")}
+PROMPT_LENS = (1, 5, 17, 33, 100, 64)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+
+
+def expected(model: Any, prompt: list[int], num_tokens: int = 16) -> list[int]:
+    """Greedy continuation by full recomputation: transformers without any cache."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("name", "prefix", "config"), CASES, ids=[case[0] for case in CASES])
+def test_greedy_tokens_equal_those_of_transformers(
+    make_checkpoint: Callable[..., Any], name: str, prefix: str, config: dict[str, Any]
+) -> None:
+    folder, model = make_checkpoint(prefix, **config)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 512, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+    references = [expected(model, prompt) for prompt in prompts]
+    options: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "device": "cpu",
+        "block_size": 16,
+    }
+    with LLM(folder, max_num_batched_tokens=64, **options) as llm:
+        llm._thread._engine.check_integrity = True
+        batched = llm.generate(prompts, GREEDY, use_tqdm=False)  # chunked, too: 64 a step
+        assert [o.outputs[0].token_ids for o in batched] == references
+        again = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert again[4].num_cached_tokens > 0
+        assert [o.outputs[0].token_ids for o in again] == references
+        alone = llm.generate(prompts[3], GREEDY)
+        assert alone[0].outputs[0].token_ids == references[3]
+
+
+def test_preempted_sequences_come_to_the_same_tokens(make_checkpoint: Callable[..., Any]) -> None:
+    folder, model = make_checkpoint("Qwen3", **HEAD)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(2, 512, (40,), generator=generator).tolist() for _ in range(6)]
+    with LLM(
+        folder,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        device="cpu",
+        block_size=8,
+        num_gpu_blocks_override=16,
+        max_model_len=96,
+    ) as llm:
+        llm._thread._engine.check_integrity = True
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [expected(model, p) for p in prompts]
