@@ -122,7 +122,7 @@ def _compile(template: str) -> Any:
     class GenerationTag(Extension):
         """{% generation %} marks the assistant's tokens for training; here it changes nothing."""
 
-        tags = frozenset(["generation"])
+        tags = frozenset(["generation"])  # type: ignore[assignment]
 
         def parse(self, parser: Any) -> Any:
             lineno = next(parser.stream).lineno

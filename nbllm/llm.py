@@ -86,7 +86,11 @@ class LLM:
                 "nbllm never runs code from a model's folder: leave trust_remote_code out",
                 parameter="trust_remote_code",
             )
-        source = {"revision": revision, "token": hf_token, "cache_dir": download_dir}
+        source: dict[str, Any] = {
+            "revision": revision,
+            "token": hf_token,
+            "cache_dir": download_dir,
+        }
         folder = resolve_model(model, load_format=load_format, **source)
         self._tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
@@ -300,7 +304,7 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The `beam_width` most probable continuations of each prompt, best first."""
         rows = [prompts] if is_single_prompt(prompts) else cast("Sequence[Prompt]", prompts)
-        return [beam_search(self, prompt, params) for prompt in rows]
+        return [beam_search(self, prompt, params) for prompt in rows]  # type: ignore[arg-type]
 
     # -- state --------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def parse_model_config(raw: Raw, generation_config: Raw) -> ModelConfig:
     try:
         fields = _common_fields(raw, generation_config)
         if architecture in _DECODER:
-            fields |= _DECODER[architecture]
+            fields |= _DECODER[architecture]  # type: ignore[call-overload]
             fields |= _decoder_fields(raw, architecture, fields)
         else:
             fields |= {"layer_windows": (None,) * fields["num_layers"]}

@@ -44,7 +44,9 @@ class Tokenizer:
         self.backend = fast
         self.special_tokens = dict(special_tokens or {})
         templates = chat_template if isinstance(chat_template, Mapping) else {}
-        self.chat_template = templates.get("default") if templates else chat_template
+        self.chat_template: str | None = (
+            templates.get("default") if isinstance(chat_template, Mapping) else chat_template
+        )
         self._tool_template = templates.get("tool_use")
         self.eos_token_id = self._special_id("eos_token")
         self.bos_token_id = self._special_id("bos_token")

@@ -34,7 +34,8 @@ def test_every_exported_name_can_be_imported() -> None:
 
 def test_a_bad_row_fails_alone(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    good, bad, also_good = llm.generate([[5, 6], [], [7, 8]], params, use_tqdm=False)
+    with pytest.warns(UserWarning, match="1 of 3 prompts failed"):
+        good, bad, also_good = llm.generate([[5, 6], [], [7, 8]], params, use_tqdm=False)
     assert isinstance(bad.error, InvalidRequestError)
     assert bad.outputs[0].finish_reason == "error"
     for output in (good, also_good):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nbllm_kernels import reference
-from nbllm_kernels.dispatch import runs_triton
 from nbllm_kernels.gumbel import gumbel_noise, hash_ids_, noise_keys, noise_of_hash
 from nbllm_kernels.sampling_tensors import SamplingTensors
 
@@ -41,10 +40,6 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
         raise ValueError(f"logits must be [N, vocab_size] float32: {logits.shape}, {logits.dtype}")
     if params.all_greedy:
         return logits.argmax(dim=-1)
-    if runs_triton(logits):
-        from nbllm_kernels.triton_ops import sampling as triton_sampling
-
-        return triton_sampling.sample(logits, params)
     if not params.any_filter:
         return reference.sample(logits, params)
     return _sample_filtered(logits, params)

@@ -120,7 +120,7 @@ def allocate_kv_caches(
         model.head_dim,
     )
     try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]  # type: ignore[arg-type]
     except RuntimeError as error:  # torch.OutOfMemoryError, and what the CPU allocator raises
         raise OutOfMemoryError(
             f"The KV cache of {config.num_gpu_blocks_override} pages did not fit on {device}; "

@@ -107,7 +107,7 @@ class ModelRunner:
                 kv_cache[:, index] = 0
 
     def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> None:
-        logits = self.model.compute_logits(hidden[step.logits_indices])
+        logits = self.model.compute_logits(hidden[step.logits_indices])  # type: ignore[operator]
         is_bad = ~torch.isfinite(logits.amax(dim=-1))
         raw = self._rows_for_logprobs(logits, step)
         token_ids = self.sampler(logits, step, self.batch)
@@ -158,7 +158,7 @@ class ModelRunner:
                 last = min(first + _PROMPT_LOGPROBS_ROWS, stop)
                 rows = hidden[begin + first - start : begin + last - start]
                 targets = torch.tensor(request.token_ids[first + 1 : last + 1], device=self.device)
-                logits = self.model.compute_logits(rows)
+                logits = self.model.compute_logits(rows)  # type: ignore[operator]
                 entries += gather_logprobs(logits, targets, [num_wanted] * (last - first))
             result.prompt_logprobs[request] = entries
 

@@ -18,16 +18,10 @@ def build_model(
     config: ModelConfig, *, max_model_len: int, batch_invariant: bool = False
 ) -> nn.Module:
     """The model of `config.architecture` on the meta device: shapes, no memory."""
+    if config.architecture in ("OPTForCausalLM", "GPT2LMHeadModel"):
+        raise ModelLoadError(f"config.json: {config.architecture} is not supported")
     options: dict[str, Any] = {"max_model_len": max_model_len, "batch_invariant": batch_invariant}
     with torch.device("meta"):
-        if config.architecture == "OPTForCausalLM":
-            from nbllm.models.opt import OPT
-
-            return OPT(config, **options)
-        if config.architecture == "GPT2LMHeadModel":
-            from nbllm.models.gpt2 import GPT2
-
-            return GPT2(config, **options)
         from nbllm.models.decoder import Decoder
 
         return Decoder(config, **options)
