@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,22 @@ class EngineConfig:
     seed: int = 0  # seeds the requests that bring no seed of their own
     max_logprobs: int = 20  # bound on `logprobs`; -1 is the vocabulary
     tensor_parallel_size: int = 1  # GPUs to spread the model over; only 1 so far
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From keyword arguments of `LLM`.
+
+        Raises:
+            TypeError: there is no such option; names the nearest one.
+            InvalidRequestError: a value is out of its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         for name in (

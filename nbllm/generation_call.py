@@ -7,12 +7,13 @@ only as fast as the engine needs them, so a call over a million rows holds a few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, Any
 
 from nbllm.engine.request_stream import Progress, RequestStream
-from nbllm.errors import InvalidRequestError
+from nbllm.errors import InvalidRequestError, NbllmError
 from nbllm.inputs import EncodedPrompt
 from nbllm.output_processor import OutputProcessor, error_output
 from nbllm.outputs import RequestOutput
@@ -137,3 +138,63 @@ class GenerationCall:
             requests += made
         if requests:
             self._thread.submit(requests, self.stream)
+
+
+def make_rows(
+    prompts: Iterable[Any],
+    sampling_params: SamplingParams | Iterable[SamplingParams],
+    priority: Iterable[int] | None,
+) -> Iterator[Row]:
+    """Pair prompts with their parameters; anything may be lazy.
+
+    Raises:
+        InvalidRequestError: the lengths are known and differ.
+    """
+    if isinstance(sampling_params, SamplingParams):
+        params: Iterable[SamplingParams] = repeat(sampling_params)
+    else:
+        params = sampling_params
+        _check_length(prompts, params, "sampling_params")
+    if priority is not None:
+        _check_length(prompts, priority, "priority")
+    return zip(prompts, params, repeat(0) if priority is None else priority, strict=False)
+
+
+def _check_length(prompts: Iterable[Any], values: Iterable[Any], parameter: str) -> None:
+    if isinstance(prompts, Sequence) and isinstance(values, Sequence):
+        if len(prompts) != len(values):
+            raise InvalidRequestError(
+                f"{parameter} has {len(values)} entries for {len(prompts)} prompts",
+                parameter=parameter,
+            )
+
+
+def raise_errors(outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[RequestOutput]:
+    """The outputs alone; the first one with an error raises it."""
+    for _, output in outputs:
+        if output.error is not None:
+            raise output.error
+        yield output
+
+
+def check_outputs(outputs: list[RequestOutput], is_single: bool) -> list[RequestOutput]:
+    """Raise the error of a single prompt; warn of what a list of outputs might hide."""
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors and is_single:
+        raise errors[0]
+    fatal = [error for error in errors if not isinstance(error, NbllmError)]
+    if errors:
+        warnings.warn(
+            f"{len(errors)} of {len(outputs)} prompts failed, see RequestOutput.error; "
+            f"the first: {(fatal or errors)[0]}",
+            stacklevel=3,
+        )
+    return outputs
+
+
+def token_counts(output: RequestOutput) -> dict[str, int]:
+    """What a progress bar counts."""
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "tokens": sum(len(completion.token_ids) for completion in output.outputs),
+    }

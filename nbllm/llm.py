@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import random
-import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +12,15 @@ from nbllm.beam_search import beam_search
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.engine_thread import EngineThread
 from nbllm.engine.loading import LoadedEngine, load_engine
-from nbllm.errors import Interrupted, InvalidRequestError, NbllmError
-from nbllm.generation_call import GenerationCall, Row
+from nbllm.errors import Interrupted, InvalidRequestError
+from nbllm.generation_call import (
+    GenerationCall,
+    Row,
+    check_outputs,
+    make_rows,
+    raise_errors,
+    token_counts,
+)
 from nbllm.hub import resolve_model
 from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
 from nbllm.output_processor import make_detokenizer
@@ -78,7 +81,7 @@ class LLM:
         chat_template: str | None = None,
         **options: Any,
     ) -> None:
-        config = _make_config(options)
+        config = EngineConfig.from_options(options)
         if tokenizer_mode != "auto":
             raise InvalidRequestError("tokenizer_mode must be 'auto'", parameter="tokenizer_mode")
         if trust_remote_code:
@@ -158,12 +161,12 @@ class LLM:
         try:
             for index, output in self.generate_iter(rows, sampling_params, priority=priority):
                 outputs[index] = output
-                bar.update(1, **_token_counts(output))
+                bar.update(1, **token_counts(output))
         except KeyboardInterrupt as error:
             raise Interrupted(partial=outputs) from error
         finally:
             bar.close()
-        return _checked(cast("list[RequestOutput]", outputs), is_single)
+        return check_outputs(cast("list[RequestOutput]", outputs), is_single)
 
     def generate_iter(
         self,
@@ -193,9 +196,9 @@ class LLM:
         """
         params = sampling_params or self.get_default_sampling_params()
         with self._call([(prompt, params, 0)], params.output_kind) as call:
-            yield from _raise_errors(call.submit())
+            yield from raise_errors(call.submit())
             while call.is_waiting:
-                yield from _raise_errors(call.absorb(call.stream.take()))
+                yield from raise_errors(call.absorb(call.stream.take()))
 
     async def agenerate(
         self,
@@ -216,7 +219,7 @@ class LLM:
                     outputs[index] = output
                 for index, output in call.submit():
                     outputs[index] = output
-        return _checked(cast("list[RequestOutput]", outputs), is_single)
+        return check_outputs(cast("list[RequestOutput]", outputs), is_single)
 
     async def astream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -224,10 +227,10 @@ class LLM:
         """`stream` for any event loop."""
         params = sampling_params or self.get_default_sampling_params()
         with self._call([(prompt, params, priority)], params.output_kind) as call:
-            for output in _raise_errors(call.submit()):
+            for output in raise_errors(call.submit()):
                 yield output
             while call.is_waiting:
-                for output in _raise_errors(call.absorb(await call.stream.take_async())):
+                for output in raise_errors(call.absorb(await call.stream.take_async())):
                     yield output
 
     def chat(
@@ -374,14 +377,7 @@ class LLM:
     ) -> Iterator[Row]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        if isinstance(sampling_params, SamplingParams):
-            params: Iterable[SamplingParams] = repeat(sampling_params)
-        else:
-            params = sampling_params
-            _check_length(prompts, params, "sampling_params")
-        if priority is not None:
-            _check_length(prompts, priority, "priority")
-        return zip(prompts, params, repeat(0) if priority is None else priority, strict=False)
+        return make_rows(prompts, sampling_params, priority)
 
     def _encode(self, prompts: list[Any]) -> list[EncodedPrompt]:
         rows = [prompt for prompt in prompts if not isinstance(prompt, EncodedPrompt)]
@@ -396,16 +392,6 @@ def last_created_llm() -> LLM | None:
         if llm._thread.error is None:
             return llm
     return None
-
-
-def _make_config(options: dict[str, Any]) -> EngineConfig:
-    known = [field.name for field in fields(EngineConfig)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
-    return EngineConfig(**options)
 
 
 def _tokenize_function(tokenizer: Tokenizer | None) -> Any:
@@ -433,41 +419,3 @@ def _stop_checker_factory(tokenizer: Tokenizer | None) -> Any:
 def _seed_source(seed: int) -> Any:
     source = random.Random(seed)
     return lambda: source.getrandbits(64)
-
-
-def _check_length(prompts: Iterable[Any], values: Iterable[Any], parameter: str) -> None:
-    if isinstance(prompts, Sequence) and isinstance(values, Sequence):
-        if len(prompts) != len(values):
-            raise InvalidRequestError(
-                f"{parameter} has {len(values)} entries for {len(prompts)} prompts",
-                parameter=parameter,
-            )
-
-
-def _raise_errors(outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[RequestOutput]:
-    for _, output in outputs:
-        if output.error is not None:
-            raise output.error
-        yield output
-
-
-def _checked(outputs: list[RequestOutput], is_single: bool) -> list[RequestOutput]:
-    """Raise the error of a single prompt; warn of what a list of outputs might hide."""
-    errors = [output.error for output in outputs if output.error is not None]
-    if errors and is_single:
-        raise errors[0]
-    fatal = [error for error in errors if not isinstance(error, NbllmError)]
-    if errors:
-        warnings.warn(
-            f"{len(errors)} of {len(outputs)} prompts failed, see RequestOutput.error; "
-            f"the first: {(fatal or errors)[0]}",
-            stacklevel=3,
-        )
-    return outputs
-
-
-def _token_counts(output: RequestOutput) -> dict[str, int]:
-    return {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "tokens": sum(len(completion.token_ids) for completion in output.outputs),
-    }
