@@ -1,0 +1,222 @@
+"""Scheduler: budgets hold, the oldest makes progress, everything ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbllm import SamplingParams
+from nbllm.config import EngineConfig
+from nbllm.engine.block_manager import BlockManager
+from nbllm.engine.request import FinishReason, Request
+from nbllm.engine.scheduler import Scheduler, SchedulerOutput
+
+MakeRequest = Callable[..., Request]
+
+
+def make_scheduler(num_blocks: int = 64, block_size: int = 4, **options: object) -> Scheduler:
+    defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
+    config = EngineConfig(**(defaults | options))  # type: ignore[arg-type]
+    return Scheduler(config, BlockManager(num_blocks, block_size, config.enable_prefix_caching))
+
+
+def advance(scheduler: Scheduler, token: int = 7) -> SchedulerOutput:
+    """One step in which every request that samples gets `token`."""
+    output = scheduler.schedule()
+    scheduler.advance(output, {i.request: token for i in output.scheduled if i.samples})
+    scheduler.check_integrity()
+    return output
+
+
+def shares(output: SchedulerOutput) -> list[int]:
+    return [item.num_scheduled_tokens for item in output.scheduled]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request([1, 2]))
+    assert shares(advance(scheduler)) == [2]
+    scheduler.add(make_request(list(range(40))))
+    outputs = [advance(scheduler) for _ in range(4)]
+    assert [shares(output) for output in outputs] == [[1, 15], [1, 15], [1, 10], [1, 1]]
+    assert [output.num_decodes for output in outputs] == [1, 1, 1, 2]
+
+
+def test_without_chunked_prefill_a_prompt_waits_for_a_step_that_holds_it(
+    make_request: MakeRequest,
+) -> None:
+    scheduler = make_scheduler(enable_chunked_prefill=False)
+    scheduler.add(make_request(list(range(10))))
+    scheduler.add(make_request(list(range(50, 60))))
+    assert shares(advance(scheduler)) == [10]
+    assert shares(advance(scheduler)) == [1, 10]
+
+
+def test_requests_run_in_the_order_of_their_arrival(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    requests = [make_request([i], max_tokens=2) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    order = [advance(scheduler).scheduled[0].request for _ in range(6)]
+    assert order == [r for r in requests for _ in range(2)]
+
+
+def test_a_lower_priority_number_runs_first(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority")
+    late, urgent = make_request([1], priority=5), make_request([2], priority=-1)
+    scheduler.add(late)
+    scheduler.add(urgent)
+    assert advance(scheduler).scheduled[0].request is urgent
+
+
+def test_the_last_of_the_running_is_preempted_and_comes_back(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=32)  # 20 tokens
+    first, second = make_request([1] * 8, max_tokens=9), make_request([2] * 8, max_tokens=9)
+    scheduler.add(first)
+    scheduler.add(second)
+    preempted = []
+    while scheduler.has_requests:
+        preempted += advance(scheduler).preempted
+    assert preempted == [second]
+    assert first.num_output_tokens == second.num_output_tokens == 9
+    assert second.metrics.num_preemptions == scheduler.num_preemptions == 1
+
+
+def test_followers_wait_for_their_leaders_prompt_and_share_its_pages(
+    make_request: MakeRequest,
+) -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False)
+    leader = make_request([1] * 9, cache_salt=3)
+    follower = make_request([1] * 9, cache_salt=3, leader=leader)
+    scheduler.add(leader)
+    scheduler.add(follower)
+    assert shares(advance(scheduler)) == [9]
+    assert shares(advance(scheduler)) == [1, 1]
+    assert follower.block_table[:2] == leader.block_table[:2]
+
+
+def test_a_stop_checker_that_raises_ends_its_own_request_only(make_request: MakeRequest) -> None:
+    def broken(_: list[int]) -> str | None:
+        raise ValueError("no such text")
+
+    scheduler = make_scheduler()
+    bad, good = make_request([1], stop_checker=broken), make_request([2], max_tokens=2)
+    scheduler.add(bad)
+    scheduler.add(good)
+    advance(scheduler)
+    advance(scheduler)
+    assert bad.finish_reason is FinishReason.ERROR
+    assert isinstance(bad.error, ValueError)
+    assert good.finish_reason is FinishReason.LENGTH
+
+
+def test_a_restart_keeps_tokens_and_order_and_nothing_else(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    requests = [make_request([i] * 5, max_tokens=4) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    advance(scheduler)
+    assert scheduler.restart() == []
+    scheduler.check_integrity()
+    assert scheduler.num_waiting == 3 and not scheduler.running
+    assert [r.num_output_tokens for r in requests] == [1, 1, 0]
+    while scheduler.has_requests:
+        advance(scheduler)
+    assert [r.num_output_tokens for r in requests] == [4, 4, 4]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> dict[str, int]:
+    return {
+        "prompt_len": draw(st.integers(1, 20)),
+        "max_tokens": draw(st.integers(1, 8)),
+        "kind": draw(st.integers(0, 2)),  # prompts of one kind share their prefix
+        "arrival": draw(st.integers(0, 6)),
+        "abort": draw(st.integers(0, 40)),  # aborted in that step if it is still there
+        "priority": draw(st.integers(0, 2)),
+        "n": draw(st.sampled_from([1, 1, 1, 2, 3])),
+    }
+
+
+@given(
+    jobs=st.lists(jobs(), min_size=1, max_size=8),
+    num_blocks=st.integers(8, 24),
+    max_num_seqs=st.integers(1, 5),
+    extra_tokens=st.integers(0, 20),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    prefix_caching=st.booleans(),
+    chunked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_workload_keeps_the_invariants_and_ends(
+    jobs: list[dict[str, int]],
+    num_blocks: int,
+    max_num_seqs: int,
+    extra_tokens: int,
+    policy: str,
+    prefix_caching: bool,
+    chunked: bool,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    budget = max_num_seqs + extra_tokens
+    scheduler = make_scheduler(
+        num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        scheduling_policy=policy,
+        enable_prefix_caching=prefix_caching,
+        enable_chunked_prefill=chunked,
+    )
+    arrivals: dict[int, list[Request]] = {}
+    aborts: dict[int, list[Request]] = {}
+    everything: list[Request] = []
+    for number, job in enumerate(jobs):
+        prompt = [job["kind"]] * job["prompt_len"]
+        leader = None
+        for k in range(job["n"]):
+            request = Request(
+                f"{number}-{k}",
+                list(prompt),
+                len(prompt),
+                SamplingParams(ignore_eos=True),
+                job["max_tokens"],
+                0,
+                priority=job["priority"],
+                cache_salt=number + 1 if job["n"] > 1 else 0,
+                leader=leader,
+            )
+            leader = leader or request
+            arrivals.setdefault(job["arrival"], []).append(request)
+            aborts.setdefault(job["abort"], []).append(request)
+            everything.append(request)
+    for step in range(2000):
+        for request in arrivals.pop(step, []):
+            scheduler.add(request)
+        for request in aborts.pop(step, []):
+            if request.request_id in scheduler.requests:
+                scheduler.finish(request, FinishReason.ABORT)
+        before = {r: r.num_computed_tokens for r in everything}
+        head = scheduler.running[0] if scheduler.running else None
+        output = scheduler.schedule()
+        assert sum(i.num_scheduled_tokens for i in output.scheduled) <= budget
+        assert len({i.request for i in output.scheduled}) == len(output.scheduled)
+        scheduler.check_integrity()
+        decodes = output.scheduled[: output.num_decodes]
+        assert all(i.num_scheduled_tokens == 1 and i.samples for i in decodes)
+        if scheduler.has_requests:
+            assert output.scheduled or output.preempted, "nothing happens"
+        sampled = {i.request: rng.randrange(3) for i in output.scheduled if i.samples}
+        scheduler.advance(output, sampled)
+        scheduler.check_integrity()
+        if head is not None and policy == "fcfs":
+            assert head.is_finished or head.num_computed_tokens > before[head]
+        if not scheduler.has_requests and not arrivals:
+            break
+    assert all(request.is_finished for request in everything)
+    manager = scheduler.block_manager
+    assert manager.num_free_blocks == manager.num_usable_blocks
