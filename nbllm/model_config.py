@@ -6,17 +6,17 @@ Both spellings of the files are read: those of transformers 4 (`torch_dtype`, `r
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from nbllm.config import ModelConfig, RopeConfig
 from nbllm.errors import ModelLoadError
+from nbllm.model_files import has_file, read_json
 
 Raw = dict[str, Any]
 
-_DECODER = {  # architecture -> what sets it apart from Llama
+_DECODER: dict[str, Raw] = {  # architecture -> what sets it apart from Llama
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
     "Qwen2ForCausalLM": {"attention_bias": True},
@@ -29,50 +29,55 @@ _DECODER = {  # architecture -> what sets it apart from Llama
 }
 _OTHER = ("OPTForCausalLM", "GPT2LMHeadModel")
 
+# Far beyond any model there is: what is larger is an error or an attack, and must not come to the
+# point where memory is allocated or layers are counted.
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "max_position_embeddings": 2**26,
+    "word_embed_proj_dim": 2**18,
+    "sliding_window": 2**62,
+}
+
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read a model folder's configuration; errors as in `ModelConfig`."""
-    raw = _read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    return parse_model_config(raw, _read_json(generation) if generation.is_file() else {})
+    raw = read_json(folder, "config.json")
+    name = "generation_config.json"
+    return parse_model_config(raw, read_json(folder, name) if has_file(folder, name) else {})
 
 
 def parse_model_config(raw: Raw, generation_config: Raw) -> ModelConfig:
     """The same from dicts."""
-    architectures = raw.get("architectures") or []
-    architecture = architectures[0] if architectures else None
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     known = [*_DECODER, *_OTHER]
-    if architecture not in known:
+    if not isinstance(architecture, str) or architecture not in known:
         raise ModelLoadError(
             f"config.json: architecture {architecture!r} is not supported; supported are "
             f"{', '.join(known)}"
         )
+    if raw.get("quantization_config") is not None:
+        raise ModelLoadError("config.json: quantization_config: quantized weights can't be read")
     try:
         fields = _common_fields(raw, generation_config)
         if architecture in _DECODER:
-            fields |= _DECODER[architecture]  # type: ignore[call-overload]
+            fields |= _DECODER[architecture]
             fields |= _decoder_fields(raw, architecture, fields)
         else:
-            fields |= {"layer_windows": (None,) * fields["num_layers"]}
+            fields |= _other_fields(raw, fields)
         return ModelConfig(
             architecture=architecture, generation_config=generation_config, raw=raw, **fields
         )
     except KeyError as error:
         raise ModelLoadError(f"config.json: {error} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelLoadError(f"config.json makes no sense: {error}") from error
-
-
-def _read_json(path: Path) -> Raw:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"{path.name} is missing in {path.parent}") from error
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path.name}: can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path.name}: expected a JSON object")
-    return content
 
 
 def _common_fields(raw: Raw, generation_config: Raw) -> Raw:
@@ -84,31 +89,43 @@ def _common_fields(raw: Raw, generation_config: Raw) -> Raw:
 
     hidden_size = _positive(first("hidden_size", "n_embd"), "hidden_size")
     num_heads = _positive(first("num_attention_heads", "n_head"), "num_attention_heads")
-    inner = raw.get("intermediate_size") or raw.get("ffn_dim") or raw.get("n_inner")
-    eos = generation_config.get("eos_token_id", raw.get("eos_token_id"))
+    inner = raw.get("ffn_dim") or raw.get("n_inner") or raw.get("intermediate_size")
+    kv_heads = raw.get("num_key_value_heads") or num_heads
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    vocab_size = _positive(raw["vocab_size"], "vocab_size")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act")
     return {
         "model_type": str(raw.get("model_type", "")),
-        "vocab_size": _positive(raw["vocab_size"], "vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": _positive(inner or 4 * hidden_size, "intermediate_size"),
         "num_layers": _positive(first("num_hidden_layers", "n_layer"), "num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": _positive(raw.get("num_key_value_heads") or num_heads, "kv heads"),
+        "num_kv_heads": _positive(kv_heads, "num_key_value_heads"),
         "head_dim": _positive(raw.get("head_dim") or hidden_size // num_heads, "head_dim"),
         "max_position_embeddings": _positive(
             first("max_position_embeddings", "n_positions"), "max_position_embeddings"
         ),
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", _ties_by_default(raw))),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "eos_token_ids": _eos_token_ids(raw, generation_config, vocab_size),
         "bos_token_id": raw.get("bos_token_id"),
-        "hidden_act": str(
-            raw.get("hidden_activation")
-            or raw.get("hidden_act")
-            or raw.get("activation_function", "silu")
-        ),
+        "hidden_act": str(activation or raw.get("activation_function") or "silu"),
     }
+
+
+def _eos_token_ids(raw: Raw, generation_config: Raw, vocab_size: int) -> tuple[int, ...]:
+    for content, file in ((generation_config, "generation_config.json"), (raw, "config.json")):
+        eos = content.get("eos_token_id")
+        if eos is None:
+            continue
+        ids = tuple(eos) if isinstance(eos, list) else (eos,)
+        for token_id in ids:
+            # Used as an index into the logits.
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise ModelLoadError(f"{file}: eos_token_id {token_id!r} is not in the vocabulary")
+        return ids
+    return ()
 
 
 def _ties_by_default(raw: Raw) -> bool:
@@ -116,12 +133,26 @@ def _ties_by_default(raw: Raw) -> bool:
     return raw.get("model_type") in ("gemma2", "gemma3_text", "gpt2", "opt", "smollm3")
 
 
+def _other_fields(raw: Raw, fields: Raw) -> Raw:
+    if fields["hidden_size"] % fields["num_heads"]:
+        raise ValueError(f"{fields['num_heads']} heads don't divide {fields['hidden_size']}")
+    _positive(raw.get("word_embed_proj_dim") or fields["hidden_size"], "word_embed_proj_dim")
+    _positive_float(raw.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon")
+    default = "gelu_new" if raw.get("model_type") == "gpt2" else "relu"
+    return {
+        "num_kv_heads": fields["num_heads"],
+        "head_dim": fields["hidden_size"] // fields["num_heads"],
+        "hidden_act": str(raw.get("activation_function") or default),
+        "layer_windows": (None,) * fields["num_layers"],
+    }
+
+
 def _decoder_fields(raw: Raw, architecture: str, fields: Raw) -> Raw:
     num_heads, num_kv_heads = fields["num_heads"], fields["num_kv_heads"]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} heads can't share {num_kv_heads} key-value heads")
     result: Raw = {
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": _positive_float(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         "attention_bias": bool(raw.get("attention_bias", fields.get("attention_bias", False))),
         "output_bias": bool(raw.get("attention_bias", False)),
         "mlp_bias": bool(raw.get("mlp_bias", False)),
@@ -134,9 +165,9 @@ def _decoder_fields(raw: Raw, architecture: str, fields: Raw) -> Raw:
         scalar = raw.get("query_pre_attn_scalar") or 256
         result |= {
             "embedding_scale": math.sqrt(fields["hidden_size"]),
-            "attention_scale": float(scalar) ** -0.5,
-            "attention_softcap": raw.get("attn_logit_softcapping"),
-            "final_softcap": raw.get("final_logit_softcapping"),
+            "attention_scale": _positive_float(scalar, "query_pre_attn_scalar") ** -0.5,
+            "attention_softcap": _optional_float(raw, "attn_logit_softcapping"),
+            "final_softcap": _optional_float(raw, "final_logit_softcapping"),
         }
     return result
 
@@ -198,7 +229,9 @@ def _rope(parameters: Raw, raw: Raw, fields: Raw) -> RopeConfig:
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
     return RopeConfig(
         rope_type="longrope" if rope_type == "su" else rope_type,
-        theta=float(parameters.get("rope_theta", raw.get("rope_theta")) or 1e4),
+        theta=_positive_float(
+            parameters.get("rope_theta", raw.get("rope_theta")) or 1e4, "rope_theta"
+        ),
         rotary_dim=int(fields["head_dim"] * partial),
         max_position_embeddings=fields["max_position_embeddings"],
         parameters=dict(parameters)
@@ -211,7 +244,24 @@ def _rope(parameters: Raw, raw: Raw, fields: Raw) -> RopeConfig:
 
 
 def _positive(value: Any, name: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise ValueError(f"{name} is {value}")
-    return number
+    """An integer from 1 to the limit of its name."""
+    if type(value) is not int or not 1 <= value <= _LIMITS[name]:
+        raise ValueError(f"{name} is {_short(value)}, not an integer in [1, {_LIMITS[name]}]")
+    return value
+
+
+def _positive_float(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {_short(value)}, not a number")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} is {_short(value)}, not a positive number")
+    return float(value)
+
+
+def _optional_float(raw: Raw, name: str) -> float | None:
+    return None if raw.get(name) is None else _positive_float(raw[name], name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The models are tiny: a second thread costs more than it brings. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 SHAPE: dict[str, Any] = {
@@ -25,6 +30,8 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+CLASS_NAMES = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+
 MakeCheckpoint = Callable[..., tuple[Path, Any]]
 
 
@@ -33,6 +40,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """(folder, transformers model) of a named architecture with random float32 weights."""
     import transformers
 
+    gc.collect()
+    gc.freeze()  # transformers is a million objects that every later collection would walk
+
     made: dict[str, tuple[Path, Any]] = {}
 
     def make(name: str, **overrides: Any) -> tuple[Path, Any]:
@@ -40,15 +50,36 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         if key not in made:
             torch.manual_seed(0)
             config = getattr(transformers, f"{name}Config")(**(SHAPE | overrides))
-            suffix = "ForCausalLM"
-            config_name = name.removesuffix("Text")
-            model = getattr(transformers, config_name + suffix)(config).eval().float()
+            class_name = CLASS_NAMES.get(name, f"{name}ForCausalLM")
+            model = getattr(transformers, class_name)(config).eval().float()
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             made[key] = folder, model
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def generate_greedily() -> Callable[..., list[int]]:
+    """(model, prompt, number of tokens) -> what transformers appends, with its KV cache.
+
+    The loop of `generate` without its overhead, which is many times the tiny models' own work.
+    """
+
+    def generate(model: Any, prompt: list[int], num_tokens: int = 16) -> list[int]:
+        tokens: list[int] = []
+        cache = None
+        with torch.inference_mode():
+            model(torch.tensor([[0]]), use_cache=False)  # a short text resets "dynamic" rope
+            while len(tokens) < num_tokens:
+                new = prompt if cache is None else tokens[-1:]
+                output = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                tokens.append(int(output.logits[0, -1].argmax()))
+        return tokens
+
+    return generate
 
 
 @pytest.fixture(autouse=True)

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from nbllm.config import ModelConfig
 from nbllm.errors import ModelLoadError, OutOfMemoryError
+from nbllm.models.causal_lm import CausalLM
 from nbllm.models.layers import pack_linears
-from nbllm.models.weights import iterate_weights
+from nbllm.models.weights import iterate_weights, weight_files
 
 
 def build_model(
     config: ModelConfig, *, max_model_len: int, batch_invariant: bool = False
-) -> nn.Module:
-    """The model of `config.architecture` on the meta device: shapes, no memory."""
-    if config.architecture in ("OPTForCausalLM", "GPT2LMHeadModel"):
-        raise ModelLoadError(f"config.json: {config.architecture} is not supported")
-    options: dict[str, Any] = {"max_model_len": max_model_len, "batch_invariant": batch_invariant}
-    with torch.device("meta"):
-        from nbllm.models.decoder import Decoder
+) -> CausalLM:
+    """The model of `config.architecture` on the meta device: shapes, no memory.
 
-        return Decoder(config, **options)
+    Args:
+        config: the model's shape.
+        max_model_len: longest sequence.
+        batch_invariant: see `nbllm_kernels.linear`.
+
+    Raises:
+        ModelLoadError: the configuration asks for what this structure can't do.
+        InvalidRequestError: the model has no positions for `max_model_len` tokens.
+    """
+    with torch.device("meta"):
+        return _model_class(config.architecture)(
+            config, max_model_len=max_model_len, batch_invariant=batch_invariant
+        )
+
+
+def _model_class(architecture: str) -> Callable[..., CausalLM]:
+    if architecture == "OPTForCausalLM":
+        from nbllm.models.opt import OPT
+
+        return OPT
+    if architecture == "GPT2LMHeadModel":
+        from nbllm.models.gpt2 import GPT2
+
+        return GPT2
+    from nbllm.models.decoder import Decoder
+
+    return Decoder
 
 
 @torch.no_grad()
@@ -37,7 +58,7 @@ def load_model(
     load_format: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
-) -> nn.Module:
+) -> CausalLM:
     """Build a model and load its weights, or make random ones.
 
     Args:
@@ -52,34 +73,48 @@ def load_model(
     Raises:
         ModelLoadError: files or tensors are missing, broken or of the wrong shape.
         OutOfMemoryError: the weights do not fit on the device.
+        InvalidRequestError: the model has no positions for `max_model_len` tokens.
     """
     length = max_model_len or config.max_position_embeddings
     model = build_model(config, max_model_len=length, batch_invariant=batch_invariant)
-    model = model.to(dtype=dtype)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if load_format != "dummy":
+        _check_size(num_parameters, weight_files(folder, load_format))
     try:
-        model = model.to_empty(device=device)
+        model = model.to(dtype=dtype).to_empty(device=device)
     except RuntimeError as error:
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 1024**3
+        size = num_parameters * dtype.itemsize / 1024**3
         raise OutOfMemoryError(
             f"the weights need {size:.1f} GiB in {dtype}, which are not free on {device}; "
             "take a smaller model or dtype, or free memory"
         ) from error
     if load_format == "dummy":
-        _fill_randomly(model, device)
+        _fill_randomly(model, config, device)
     else:
-        model.load_weights(iterate_weights(folder, load_format))  # type: ignore[operator]
-    model.prepare(device)  # type: ignore[operator]
+        model.load_weights(iterate_weights(folder, load_format))
+    model.prepare(device)
     pack_linears(model)
     return model.eval()
 
 
-def _fill_randomly(model: nn.Module, device: torch.device) -> None:
+def _check_size(num_parameters: int, files: list[Path]) -> None:
+    """Refuse a configuration that the files can't fill, before memory is taken for it."""
+    available = sum(path.stat().st_size for path in files)
+    if num_parameters > available:  # no dtype takes less than a byte
+        names = ", ".join(path.name for path in files[:3])
+        raise ModelLoadError(
+            f"config.json describes {num_parameters:,} parameters, and {names} "
+            f"has {available:,} bytes: a file is truncated or the configuration is another model's"
+        )
+
+
+def _fill_randomly(model: CausalLM, config: ModelConfig, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
-            parameter.fill_(1.0)
+        if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+            parameter.fill_(1.0 - config.norm_offset)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
 
 
-__all__ = ["ModelLoadError", "build_model", "load_model"]
+__all__ = ["CausalLM", "ModelLoadError", "build_model", "load_model"]

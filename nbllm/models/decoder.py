@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from nbllm.config import ModelConfig
 from nbllm.errors import ModelLoadError
+from nbllm.models.causal_lm import CausalLM
 from nbllm.models.layers import Embedding, LanguageModelHead, Linear
 from nbllm.models.loading import load_parameters
 from nbllm.models.rope import cos_sin_cache
+from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import (
     AttentionMetadata,
     gelu_and_mul,
@@ -188,7 +190,7 @@ class Layer(nn.Module):
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
-class Decoder(nn.Module):
+class Decoder(CausalLM):
     """A dense decoder-only language model; see the module's docstring.
 
     Args:
@@ -256,7 +258,7 @@ class Decoder(nn.Module):
         """[N, vocab_size] float32 logits of hidden states [N, hidden_size]."""
         return cast(Tensor, self.lm_head(hidden))
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
         """Copy a checkpoint's tensors in, fusing q, k, v and gate, up on the way.
 
         Raises:
@@ -268,7 +270,7 @@ class Decoder(nn.Module):
         load_parameters(
             self,
             weights,
-            strip_prefix="model.",
+            strip_prefixes=("model.",),
             rename={"lm_head.": "lm_head.projection."},
             fused={
                 "q_proj": ("qkv_proj", 0, q),

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from nbllm.errors import ModelLoadError
+from nbllm.models.weights import CheckpointTensor
 
 _LISTED = 8  # names in an error message
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_parameters(
     model: nn.Module,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[CheckpointTensor],
     *,
-    strip_prefix: str = "",
+    strip_prefixes: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
     fused: Mapping[str, tuple[str, int, int]] | None = None,
     ignored: Sequence[str] = (),
@@ -26,63 +28,74 @@ def load_parameters(
 
     Args:
         model: parameters allocated, content arbitrary.
-        weights: names and tensors of the checkpoint.
-        strip_prefix: taken off the front of a name that has it.
-        rename: beginnings of names, old -> new.
+        weights: the tensors of the checkpoint.
+        strip_prefixes: taken off the front of a name that has them, one after the other.
+        rename: parts of names, old -> new.
         fused: module name -> (fused module, first row, number of rows): the tensor is a part.
         ignored: names that contain one of these are skipped on purpose.
-        transposed: names that contain one of these are stored [in, out].
+        transposed: parameters whose names contain one of these are stored [in, out].
 
     Raises:
-        ModelLoadError: lists missing and unexpected names, or both shapes of a tensor that does
-            not fit.
+        ModelLoadError: lists missing and unexpected names; or names the tensor, and its file,
+            that has another shape or dtype, or holds NaN or infinity.
     """
     parameters = dict(model.named_parameters())
     missing = {name: parameter.numel() for name, parameter in parameters.items()}
+    seen: set[str] = set()
     unexpected: list[str] = []
-    for original, tensor in weights:
-        name = original.removeprefix(strip_prefix)
+    for original, tensor, file in weights:
+        name = original
+        for prefix in strip_prefixes:
+            name = name.removeprefix(prefix)
         if any(part in name for part in ignored):
             continue
+        where = f"{file}, tensor {original}"
+        if name in seen:  # with and without a prefix
+            raise ModelLoadError(f"{where}: is there twice")
+        seen.add(name)
         for old, new in (rename or {}).items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        rows = slice(None)
-        parent, _, leaf = name.rpartition(".")
-        head, _, module = parent.rpartition(".")
-        if fused and module in fused:
-            target, start, size = fused[module]
-            name = f"{head}.{target}.{leaf}"
-            rows = slice(start, start + size)
-        parameter = parameters.get(name)
-        if parameter is None:
-            unexpected.append(original)
+            name = name.replace(old, new)
+        name, rows = _fuse(name, fused or {})
+        if name not in parameters:
+            unexpected.append(f"{original} ({file})")
             continue
-        if any(part in name for part in transposed):
+        if tensor.ndim == 2 and any(part in name for part in transposed):
             tensor = tensor.t()
-        destination = parameter.data[rows]
-        if destination.shape != tensor.shape:
-            raise ModelLoadError(
-                f"tensor {original}: shape {tuple(tensor.shape)}, and config.json says "
-                f"{tuple(destination.shape)}"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise ModelLoadError(f"tensor {original}: dtype {tensor.dtype} is not a float type")
-        destination.copy_(tensor)
-        if not torch.isfinite(destination.sum(dtype=torch.float32)) and not bool(
-            torch.isfinite(destination).all()
-        ):
-            raise ModelLoadError(
-                f"tensor {original}: contains NaN or infinity in {destination.dtype}"
-            )
+        _copy(tensor, parameters[name].data[rows], where)
         missing[name] -= tensor.numel()
-        if missing[name] == 0:
-            del missing[name]
-    if missing or unexpected:
+    lacking = sorted(name for name, count in missing.items() if count)
+    if lacking or unexpected:
         raise ModelLoadError(
-            "the checkpoint does not fit config.json: "
-            f"missing {_list(sorted(missing))}; unexpected {_list(unexpected)}"
+            "the weights do not fit config.json: "
+            f"missing {_list(lacking)}; unexpected {_list(unexpected)}"
         )
+
+
+def _fuse(name: str, fused: Mapping[str, tuple[str, int, int]]) -> tuple[str, slice]:
+    """The parameter that a tensor belongs to, and the rows of it that the tensor fills."""
+    parent, _, leaf = name.rpartition(".")
+    head, _, module = parent.rpartition(".")
+    if module not in fused:
+        return name, slice(None)
+    target, start, size = fused[module]
+    return f"{head}.{target}.{leaf}", slice(start, start + size)
+
+
+def _copy(source: Tensor, destination: Tensor, where: str) -> None:
+    if source.dtype not in _DTYPES:
+        raise ModelLoadError(
+            f"{where}: dtype {source.dtype} is not supported (float32, float16, bfloat16 are)"
+        )
+    if destination.shape != source.shape:
+        raise ModelLoadError(
+            f"{where}: shape {tuple(source.shape)}, and config.json says {tuple(destination.shape)}"
+        )
+    destination.copy_(source)
+    # One pass in the usual case; only a sum that overflowed honestly takes a second.
+    if not torch.isfinite(destination.sum(dtype=torch.float32)) and not bool(
+        torch.isfinite(destination).all()
+    ):
+        raise ModelLoadError(f"{where}: contains NaN or infinity in {destination.dtype}")
 
 
 def _list(names: Sequence[str]) -> str:

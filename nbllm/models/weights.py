@@ -6,18 +6,34 @@ Files: `model.safetensors`, or shards listed by `model.safetensors.index.json`; 
 
 from __future__ import annotations
 
-import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nbllm.errors import ModelLoadError
+from nbllm.model_files import find_file, has_file, read_json
 
 
-def iterate_weights(folder: Path, load_format: str = "auto") -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, CPU tensor) for every tensor of the checkpoint in `folder`.
+class CheckpointTensor(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+        name: as it is stored.
+        tensor: on the CPU, mapped from the file where that is possible.
+        file: name of the file, for messages.
+    """
+
+    name: str
+    tensor: Tensor
+    file: str
+
+
+def iterate_weights(folder: Path, load_format: str = "auto") -> Iterator[CheckpointTensor]:
+    """Yield every tensor of the checkpoint in `folder`.
 
     Args:
         folder: a model folder.
@@ -26,14 +42,14 @@ def iterate_weights(folder: Path, load_format: str = "auto") -> Iterator[tuple[s
     Raises:
         ModelLoadError: a file is missing, damaged or outside of the folder; names it.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for path in weight_files(folder, load_format):
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
         for name, tensor in read(path):
             if name in seen:
-                raise ModelLoadError(f"{path.name}: tensor {name} is in another file too")
-            seen.add(name)
-            yield name, tensor
+                raise ModelLoadError(f"{path.name}, tensor {name}: is in {seen[name]} too")
+            seen[name] = path.name
+            yield CheckpointTensor(name, tensor, path.name)
 
 
 def weight_files(folder: Path, load_format: str = "auto") -> list[Path]:
@@ -44,44 +60,31 @@ def weight_files(folder: Path, load_format: str = "auto") -> list[Path]:
     if load_format in ("auto", "pt"):
         candidates.append(("pytorch_model.bin", "pytorch_model.bin.index.json"))
     for single, index in candidates:
-        if (folder / single).exists():
-            return [_inside(folder, single)]
-        if (folder / index).exists():
+        if has_file(folder, single):
+            return [find_file(folder, single)]
+        if has_file(folder, index):
             return _shards(folder, index)
     wanted = ", ".join(name for pair in candidates for name in pair)
     raise ModelLoadError(f"no weights in {folder}: looked for {wanted}")
 
 
 def _shards(folder: Path, index: str) -> list[Path]:
+    weight_map = read_json(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index} in {folder}: weight_map is missing or empty")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelLoadError(f"{index} in {folder}: weight_map holds what is no file name")
     try:
-        weight_map = json.loads(_inside(folder, index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{index}: no usable weight_map: {error!r}") from error
-    return [_inside(folder, name) for name in names]
-
-
-def _inside(folder: Path, name: object) -> Path:
-    """The file `name` in the folder; an index must not lead anywhere else.
-
-    A cache of the hub links its files into the `blobs` folder of the same repository, which is
-    fine: it is the client that made those links.
-    """
-    if not isinstance(name, str) or not name or Path(name).name != name:
-        raise ModelLoadError(f"weight file {name!r}: not a plain file name")
-    path = folder / name
-    if not path.exists():
-        raise ModelLoadError(f"weight file {name} is missing in {folder}")
-    if not path.is_file():
-        raise ModelLoadError(f"weight file {name} in {folder} is not a file")
-    target, home = path.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    if target.parent != home and not (home.parent.name == "snapshots" and target.parent == blobs):
-        raise ModelLoadError(f"weight file {name} is a link that leaves the folder {folder}")
-    return path
+        return [find_file(folder, name) for name in sorted(set(weight_map.values()))]
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{index}: {error}") from error
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The format's specification: github.com/huggingface/safetensors, section Format.
+
+    The library refuses headers that are too large, lie about offsets or overlap.
+    """
     from safetensors import SafetensorError, safe_open
 
     name = None
@@ -96,21 +99,20 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        # weights_only refuses every pickled object but tensors and plain containers.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # weights_only refuses every pickled object but tensors and plain containers. A file of
+        # torch 1.5 or older is no zip archive and can't be mapped.
+        is_mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:
-        try:  # files older than torch 1.6 can't be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            raise ModelLoadError(
-                f"{path.name}: not a file of plain tensors: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelLoadError(
+            f"{path.name}: not a file of plain tensors: {type(error).__name__}: {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path.name}: holds a {type(content).__name__}, not a dict")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ModelLoadError(f"{path.name}: entry {name!r} is no tensor")
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ModelLoadError(f"{path.name}, tensor {name!r}: is a {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ModelLoadError(f"{path.name}, tensor {name}: only dense tensors are read")
         yield name, tensor

@@ -31,29 +31,22 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("smollm3", "SmolLM3", {}),
     ("olmo2", "Olmo2", {}),
 ]
-CLASSES = {"Gemma3Text": ("Gemma3Text", "Gemma3")}
 PROMPT_LENS = (1, 5, 17, 33, 100, 64)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 
-def expected(model: Any, prompt: list[int], num_tokens: int = 16) -> list[int]:
-    """Greedy continuation by full recomputation: transformers without any cache."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        for _ in range(num_tokens):
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-            ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize(("name", "prefix", "config"), CASES, ids=[case[0] for case in CASES])
 def test_greedy_tokens_equal_those_of_transformers(
-    make_checkpoint: Callable[..., Any], name: str, prefix: str, config: dict[str, Any]
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    name: str,
+    prefix: str,
+    config: dict[str, Any],
 ) -> None:
     folder, model = make_checkpoint(prefix, **config)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 512, (n,), generator=generator).tolist() for n in PROMPT_LENS]
-    references = [expected(model, prompt) for prompt in prompts]
+    references = [generate_greedily(model, prompt) for prompt in prompts]
     options: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "float32",
@@ -71,7 +64,9 @@ def test_greedy_tokens_equal_those_of_transformers(
         assert alone[0].outputs[0].token_ids == references[3]
 
 
-def test_preempted_sequences_come_to_the_same_tokens(make_checkpoint: Callable[..., Any]) -> None:
+def test_preempted_sequences_come_to_the_same_tokens(
+    make_checkpoint: Callable[..., Any], generate_greedily: Callable[..., list[int]]
+) -> None:
     folder, model = make_checkpoint("Qwen3", **HEAD)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, 512, (40,), generator=generator).tolist() for _ in range(6)]
@@ -86,4 +81,5 @@ def test_preempted_sequences_come_to_the_same_tokens(make_checkpoint: Callable[.
     ) as llm:
         llm._thread._engine.check_integrity = True
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in outputs] == [expected(model, p) for p in prompts]
+        references = [generate_greedily(model, prompt) for prompt in prompts]
+        assert [o.outputs[0].token_ids for o in outputs] == references

@@ -1,0 +1,145 @@
+"""OPT and GPT-2 give the tokens that transformers gives, from old and new checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nbllm import LLM, InvalidRequestError, PromptTooLongError, SamplingParams
+
+OPT = {"ffn_dim": 96, "init_std": 0.2, "max_position_embeddings": 128}
+GPT2 = {"n_inner": 96, "max_position_embeddings": 128}
+
+# One line each: test id, class prefix in transformers, configuration.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("opt", "OPT", OPT | {"tie_word_embeddings": True}),
+    ("opt-untied", "OPT", OPT),
+    ("opt-350m", "OPT", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ("opt-no-bias", "OPT", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("opt-old", "OPT", OPT | {"_remove_final_layer_norm": True, "activation_function": "gelu"}),
+    ("gpt2", "GPT2", GPT2 | {"tie_word_embeddings": True}),
+    ("gpt2-untied", "GPT2", GPT2 | {"activation_function": "relu"}),
+    ("gpt2-scales", "GPT2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2-no-scale", "GPT2", GPT2 | {"scale_attn_weights": False}),
+]
+PROMPT_LENS = (1, 5, 17, 33, 100, 64)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "device": "cpu"}
+
+
+def random_prompts(lens: tuple[int, ...], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 512, (n,), generator=generator).tolist() for n in lens]
+
+
+@pytest.mark.parametrize(("name", "prefix", "config"), CASES, ids=[case[0] for case in CASES])
+def test_greedy_tokens_equal_those_of_transformers(
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    name: str,
+    prefix: str,
+    config: dict[str, Any],
+) -> None:
+    folder, model = make_checkpoint(prefix, **config)
+    prompts = random_prompts(PROMPT_LENS)
+    references = [generate_greedily(model, prompt) for prompt in prompts]
+    with LLM(folder, max_num_batched_tokens=64, block_size=16, **OPTIONS) as llm:
+        llm._thread._engine.check_integrity = True
+        batched = llm.generate(prompts, GREEDY, use_tqdm=False)  # chunked, too: 64 a step
+        assert [o.outputs[0].token_ids for o in batched] == references
+        again = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert again[4].num_cached_tokens > 0
+        assert [o.outputs[0].token_ids for o in again] == references
+        alone = llm.generate(prompts[3], GREEDY)
+        assert alone[0].outputs[0].token_ids == references[3]
+
+
+@pytest.mark.parametrize(("prefix", "config"), [("OPT", OPT), ("GPT2", GPT2)])
+def test_preempted_sequences_come_to_the_same_tokens(
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    prefix: str,
+    config: dict[str, Any],
+) -> None:
+    folder, model = make_checkpoint(prefix, **config)
+    prompts = random_prompts((40,) * 6, seed=2)
+    with LLM(folder, block_size=8, num_gpu_blocks_override=16, max_model_len=96, **OPTIONS) as llm:
+        llm._thread._engine.check_integrity = True
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.get_metrics()["num_preemptions"] > 0
+    references = [generate_greedily(model, prompt) for prompt in prompts]
+    assert [o.outputs[0].token_ids for o in outputs] == references
+
+
+@pytest.mark.parametrize(("prefix", "config"), [("OPT", OPT), ("GPT2", GPT2)])
+def test_the_last_position_can_be_used_and_not_more(
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    prefix: str,
+    config: dict[str, Any],
+) -> None:
+    folder, model = make_checkpoint(prefix, **config)
+    [prompt] = random_prompts((120,))
+    with LLM(folder, **OPTIONS) as llm:
+        assert llm.config.max_model_len == 128
+        output = llm.generate(prompt, GREEDY)[0].outputs[0]
+        assert output.token_ids == generate_greedily(model, prompt, 8)
+        assert output.finish_reason == "length"
+        with pytest.raises(PromptTooLongError):
+            llm.generate(prompt + prompt[:8], GREEDY)
+    with pytest.raises(InvalidRequestError, match="learned positions for 128 tokens") as info:
+        LLM(folder, max_model_len=129, **OPTIONS)
+    assert info.value.parameter == "max_model_len"
+
+
+def rewrite(folder: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """A copy of a checkpoint with other tensor names."""
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def test_names_of_the_original_opt_checkpoint_are_read(
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    tmp_path: Path,
+) -> None:
+    folder, model = make_checkpoint("OPT", **OPT, tie_word_embeddings=True)
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        assert all(name.startswith("model.decoder.") for name in tensors)
+        renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        embedding = renamed["decoder.embed_tokens.weight"]
+        return renamed | {"lm_head.weight": embedding.clone()}  # tied, and stored all the same
+
+    [prompt] = random_prompts((20,))
+    with LLM(rewrite(folder, tmp_path, change), **OPTIONS) as llm:
+        output = llm.generate(prompt, GREEDY)[0].outputs[0]
+    assert output.token_ids == generate_greedily(model, prompt)
+
+
+def test_names_and_mask_buffers_of_the_original_gpt2_checkpoint_are_read(
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    tmp_path: Path,
+) -> None:
+    folder, model = make_checkpoint("GPT2", **GPT2, tie_word_embeddings=True)
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        assert all(name.startswith("transformer.") for name in tensors)
+        renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        for layer in range(3):
+            mask = torch.ones(1, 1, 128, 128).tril()
+            renamed[f"h.{layer}.attn.bias"] = mask
+            renamed[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        return renamed
+
+    [prompt] = random_prompts((20,))
+    with LLM(rewrite(folder, tmp_path, change), **OPTIONS) as llm:
+        output = llm.generate(prompt, GREEDY)[0].outputs[0]
+    assert output.token_ids == generate_greedily(model, prompt)
