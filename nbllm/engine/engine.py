@@ -7,6 +7,7 @@ is its one caller.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable
 
 import torch
@@ -157,9 +158,11 @@ class Engine:
         if _is_device_dead(self.runner, error):
             dead = EngineDeadError("the GPU reported an error that only a kernel restart clears")
             dead.__cause__ = error
+            _clear_frames(error)
             self.fail_all(dead)
             raise dead
         logger.error("a step failed; its requests end with this error", exc_info=error)
+        _clear_frames(error)
         used = {b for r in self.scheduler.requests.values() for b in r.block_table}
         changed = self.scheduler.restart()
         self.runner.batch.clear()
@@ -199,6 +202,17 @@ def _is_device_dead(runner: ModelRunner, error: BaseException) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the locals of the frames that an error passed through.
+
+    Users keep errors (IPython keeps the last one); its frames must not keep tensors alive. The
+    traceback still prints.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _describe(error: BaseException) -> str:

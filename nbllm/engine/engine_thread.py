@@ -184,8 +184,5 @@ class EngineThread:
             error = self._end
         self._run_commands(wait=False)
         self._fail_all(engine, error)
-        for stream in set(self._streams.values()):
-            stream.fail(error)
-        self._streams.clear()
         self._engine = None
         engine.release()

@@ -74,6 +74,7 @@ class ModelRunner:
             vocab_size=self.vocab_size,
             device=device,
             batch_invariant=config.batch_invariant,
+            needs_prompt_lens=model_config.length_rope is not None,
         )
 
     @torch.inference_mode()
@@ -89,7 +90,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Drop weights, KV cache and tables, whoever still holds a reference to this object."""
-        self.kv_caches = []
+        self.kv_caches.clear()  # in place: a frame of a traceback may hold the list
         for module in list(self.model.modules()):
             vars(module).clear()  # a traceback may keep a layer alive, but not its weights
         self.model = nn.Module()

@@ -27,7 +27,6 @@ class RequestStream:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed: dict[Request, int] = {}
-        self._error: BaseException | None = None
         self._event = threading.Event()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
@@ -36,12 +35,6 @@ class RequestStream:
         with self._lock:
             for request in requests:
                 self._changed[request] = request.num_output_tokens
-            self._wake()
-
-    def fail(self, error: BaseException) -> None:
-        """Make the reader raise `error` once it has read what came before."""
-        with self._lock:
-            self._error = error
             self._wake()
 
     def take(self, timeout_s: float | None = None) -> list[Progress]:
@@ -69,10 +62,6 @@ class RequestStream:
             changed = list(self._changed.items())
             self._changed.clear()
             self._event.clear()
-            if self._error is not None:
-                self._event.set()
-                if not changed:
-                    raise self._error
             return changed
 
     def _wake(self) -> None:
