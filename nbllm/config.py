@@ -102,6 +102,7 @@ class RopeConfig:
         theta: base of the frequencies.
         rotary_dim: how many dimensions of a head rotate.
         max_position_embeddings: of the model.
+        original_max_position_embeddings: what the model was first trained with.
         parameters: the rope_scaling dict of config.json, as it is.
     """
 
@@ -109,7 +110,13 @@ class RopeConfig:
     theta: float
     rotary_dim: int
     max_position_embeddings: int
+    original_max_position_embeddings: int
     parameters: dict[str, Any]
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if a longer text is rotated otherwise; `nbllm.models.rope` says how."""
+        return self.rope_type in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +161,31 @@ class ModelConfig:
     final_softcap: float | None = None
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # None: the layer has no positions
+
+    @property
+    def length_rope(self) -> RopeConfig | None:
+        """The rotary embedding that depends on the length of the text, if there is one."""
+        ropes = (rope for rope in self.layer_ropes if rope is not None and rope.depends_on_length)
+        return next(ropes, None)
+
+    def rope_cache_salt(self, text_len: int) -> int:
+        """Texts with equal salts may share cached keys: their tokens are rotated alike.
+
+        Args:
+            text_len: of the prompt, or of the text that is computed again as a whole.
+        """
+        rope = self.length_rope
+        if rope is None or text_len <= rope.original_max_position_embeddings:
+            return 0
+        return text_len if rope.rope_type == "dynamic" else 1
+
+    def rope_restart_len(self, num_prompt_tokens: int) -> int | None:
+        """The length at which a growing text must be computed again from its start, or None."""
+        rope = self.length_rope
+        if rope is None or rope.rope_type != "longrope":
+            return None
+        restart_len = rope.original_max_position_embeddings + 1
+        return restart_len if num_prompt_tokens < restart_len else None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

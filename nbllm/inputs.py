@@ -148,6 +148,7 @@ class RequestFactory:
         assert config.max_model_len is not None
         self._config = config
         self._max_model_len = config.max_model_len
+        self._model_config = model_config
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._tokenize = tokenize
@@ -181,7 +182,10 @@ class RequestFactory:
         number = self._num_made
         self._num_made += 1
         # With caching off, the continuations of one prompt share its pages under their own salt.
-        own_salt = params.n > 1 and not self._config.enable_prefix_caching
+        caching = self._config.enable_prefix_caching
+        own_salt = number + 1 if params.n > 1 and not caching else 0
+        model = self._model_config
+        restart_len = model.rope_restart_len(num_prompt_tokens)
         requests: list[Request] = []
         for index in range(params.n):
             request = Request(
@@ -194,7 +198,9 @@ class RequestFactory:
                 eos_token_ids=eos,
                 priority=priority,
                 leader=requests[0] if requests else None,
-                cache_salt=number + 1 if own_salt else 0,
+                cache_salt=model.rope_cache_salt(num_prompt_tokens) if caching else own_salt,
+                restart_len=restart_len,
+                restart_cache_salt=model.rope_cache_salt(restart_len or 0) if caching else 0,
                 bad_words_token_ids=bad_words,
                 streaming=streaming,
             )

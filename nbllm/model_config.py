@@ -217,30 +217,67 @@ def _layer_ropes(raw: Raw, architecture: str, fields: Raw) -> tuple[RopeConfig |
         if has_rope is None:
             interval = int(raw.get("no_rope_layer_interval", 4))
             has_rope = [int((i + 1) % interval != 0) for i in range(num_layers)]
+        if len(has_rope) != num_layers:
+            raise ValueError(f"{len(has_rope)} no_rope_layers for {num_layers} layers")
         return tuple(rope if flag else None for flag in has_rope)
     return (rope,) * num_layers
 
 
 def _rope(parameters: Raw, raw: Raw, fields: Raw) -> RopeConfig:
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
-    if rope_type not in known:
-        raise ValueError(f"rope_type {rope_type!r} is not supported")
+    rope_type = {"su": "longrope"}.get(rope_type, rope_type)
+    max_positions = fields["max_position_embeddings"]
+    original = max_positions
+    if rope_type != "dynamic":  # which stretches from what the model as a whole is made for
+        original = (
+            parameters.get("original_max_position_embeddings")
+            or raw.get("original_max_position_embeddings")
+            or max_positions
+        )
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
-    return RopeConfig(
-        rope_type="longrope" if rope_type == "su" else rope_type,
+    rope = RopeConfig(
+        rope_type=rope_type,
         theta=_positive_float(
             parameters.get("rope_theta", raw.get("rope_theta")) or 1e4, "rope_theta"
         ),
-        rotary_dim=int(fields["head_dim"] * partial),
-        max_position_embeddings=fields["max_position_embeddings"],
-        parameters=dict(parameters)
-        | {
-            "original_max_position_embeddings": parameters.get("original_max_position_embeddings")
-            or raw.get("original_max_position_embeddings")
-            or fields["max_position_embeddings"]
-        },
+        rotary_dim=int(fields["head_dim"] * _positive_float(partial, "partial_rotary_factor")),
+        max_position_embeddings=max_positions,
+        original_max_position_embeddings=_positive(original, "max_position_embeddings"),
+        parameters=dict(parameters),
     )
+    _check_rope(rope, fields["head_dim"])
+    return rope
+
+
+def _check_rope(rope: RopeConfig, head_dim: int) -> None:
+    """Everything that `nbllm.models.rope` computes with must be there and be a number."""
+    required: dict[str, tuple[str, ...]] = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": (),
+        "longrope": (),
+    }
+    if rope.rope_type not in required:
+        raise ValueError(f"rope_type {rope.rope_type!r} is not supported")
+    if not 2 < rope.rotary_dim <= head_dim or rope.rotary_dim % 2:
+        raise ValueError(f"{rope.rotary_dim} of {head_dim} dimensions of a head can't be rotated")
+    if rope.theta <= 1 or rope.original_max_position_embeddings < 2:
+        raise ValueError(f"rope_theta {rope.theta} or the original length is too small")
+    for name in required[rope.rope_type]:
+        _positive_float(rope.parameters[name], name)
+    optional = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+    for name in optional:
+        if rope.parameters.get(name):
+            _positive_float(rope.parameters[name], name)
+    if rope.rope_type == "longrope":
+        for name in ("short_factor", "long_factor"):
+            factors = rope.parameters[name]
+            if not isinstance(factors, list) or len(factors) != rope.rotary_dim // 2:
+                raise ValueError(f"{name} must be a list of {rope.rotary_dim // 2} numbers")
+            for factor in factors:
+                _positive_float(factor, name)
 
 
 def _positive(value: Any, name: str) -> int:

@@ -23,6 +23,8 @@ class AttentionMetadata:
         num_decode_seqs: the first so many sequences have exactly one new token.
         batch_invariant: compute each row by the same operations in the same order whatever else
             is in the batch.
+        prompt_lens: [num_seqs] int64, for models whose rotary embedding depends on the length of
+            the text; None otherwise, or if no sequence computes tokens of its prompt.
     """
 
     query_start_loc: Tensor
@@ -33,3 +35,4 @@ class AttentionMetadata:
     max_seq_len: int
     num_decode_seqs: int
     batch_invariant: bool = False
+    prompt_lens: Tensor | None = None

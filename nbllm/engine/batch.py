@@ -56,6 +56,7 @@ class Batch:
         vocab_size: ids that the model knows.
         device: where the tables live.
         batch_invariant: passed on to the kernels.
+        needs_prompt_lens: the model wants `AttentionMetadata.prompt_lens`.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Batch:
         vocab_size: int,
         device: torch.device,
         batch_invariant: bool = False,
+        needs_prompt_lens: bool = False,
     ) -> None:
         self.device = device
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.batch_invariant = batch_invariant
+        self.needs_prompt_lens = needs_prompt_lens
         max_blocks = -(-max_model_len // block_size)
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.block_tables = torch.zeros(
@@ -139,6 +142,7 @@ class Batch:
             max_seq_len=max_seq_len,
             num_decode_seqs=num_decodes,
             batch_invariant=self.batch_invariant,
+            prompt_lens=self._prompt_lens(output),
         )
         return StepInput(
             input_ids=torch.cat([self.last_token[rows_t[:num_decodes]], prompt_t]),
@@ -156,6 +160,13 @@ class Batch:
         if self.output_counts is not None:
             ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
             self.output_counts.index_put_((step.sampled_rows, token_ids), ones, accumulate=True)
+
+    def _prompt_lens(self, output: SchedulerOutput) -> Tensor | None:
+        if not self.needs_prompt_lens or output.num_decodes == len(output.scheduled):
+            return None
+        requests = [item.request for item in output.scheduled]
+        lens = [max(r.num_prompt_tokens, r.restarted_len) for r in requests]
+        return self._to_device(lens)[0]
 
     def _add_new(self, requests: list[Request]) -> None:
         new = [request for request in requests if request not in self.rows]

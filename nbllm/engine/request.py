@@ -59,6 +59,9 @@ class Request:
         arrival_index: position in the order of arrival; the engine sets it.
         leader: the request whose prompt pages this one waits for, or None.
         cache_salt: requests share cached pages only within the same salt.
+        restart_len: the number of tokens at which the whole text is computed again, or None; see
+            `nbllm.models.rope`.
+        restart_cache_salt: the salt from then on.
         bad_words_token_ids: token sequences that may not be completed.
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
@@ -75,6 +78,8 @@ class Request:
     arrival_index: int = -1
     leader: Request | None = None
     cache_salt: int = 0
+    restart_len: int | None = None
+    restart_cache_salt: int = 0
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     stop_checker: StopChecker | None = None
     streaming: bool = False
@@ -82,6 +87,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    restarted_len: int = 0  # tokens that it had when it was computed again as a whole
     block_table: list[int] = field(default_factory=list)
     prefix_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -144,6 +150,12 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.metrics.num_preemptions += 1
+
+    def begin_restart(self) -> None:
+        """From now on the text so far counts as one prompt, in whatever rotates by its length."""
+        self.restarted_len = self.num_tokens
+        self.cache_salt = self.restart_cache_salt
+        self.restart_len = None
 
     def finish(self, reason: FinishReason, *, stop_reason: int | str | None = None) -> None:
         """WAITING or RUNNING -> FINISHED."""

@@ -65,6 +65,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # all that are not finished, by id
         self.running: list[Request] = []  # in scheduling order: the last is preempted first
         self.num_preemptions = 0
+        self._restarted: list[Request] = []  # lost their pages since the last schedule()
         self._waiting: list[tuple[int, int, Request]] = []  # a heap: (priority, arrival, request)
         self._num_waiting = 0
         self._num_arrivals = 0
@@ -92,6 +93,7 @@ class Scheduler:
         decodes: list[ScheduledRequest] = []
         prefills: list[ScheduledRequest] = []
         preempted: list[Request] = []
+        restarted, self._restarted = self._restarted, []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -104,7 +106,8 @@ class Scheduler:
             index += 1
         if not preempted:
             self._admit_waiting(budget, prefills)
-        return SchedulerOutput(tuple(decodes + prefills), len(decodes), tuple(preempted))
+        lost = (*restarted, *preempted)
+        return SchedulerOutput(tuple(decodes + prefills), len(decodes), lost)
 
     def advance(self, output: SchedulerOutput, sampled: dict[Request, int]) -> None:
         """Book the tokens of a step that succeeded; append what was sampled.
@@ -126,6 +129,9 @@ class Scheduler:
                     self.finish(request, FinishReason.ERROR, error)
                 if request.is_finished:
                     self._forget(request)
+                elif request.num_tokens == request.restart_len:
+                    request.begin_restart()
+                    self._preempt(request, self._restarted)
 
     def finish(
         self, request: Request, reason: FinishReason, error: BaseException | None = None

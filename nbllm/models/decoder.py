@@ -22,7 +22,7 @@ from nbllm.errors import ModelLoadError
 from nbllm.models.causal_lm import CausalLM
 from nbllm.models.layers import Embedding, LanguageModelHead, Linear
 from nbllm.models.loading import load_parameters
-from nbllm.models.rope import cos_sin_cache
+from nbllm.models.rope import RotaryEmbedding
 from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import (
     AttentionMetadata,
@@ -85,8 +85,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
-        rope: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
         kv_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
@@ -99,7 +98,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotary(q, k, rope, positions)
+            q, k = rotary(q, k, *rope)
         key_cache, value_cache = kv_cache
         store_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
         attended = paged_attention(
@@ -167,21 +166,20 @@ class Layer(nn.Module):
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        positions: Tensor,
-        rope: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
         kv_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         if self.placement == "post":
             x = hidden if residual is None else hidden + residual
-            attended = self.self_attn(x, positions, rope, kv_cache, metadata)
+            attended = self.self_attn(x, rope, kv_cache, metadata)
             x = x + self.post_attention_layernorm(attended)
             return self.post_feedforward_layernorm(self.mlp(x)), x
         if residual is None:
             x, residual = self.input_layernorm(hidden), hidden
         else:
             x, residual = self.input_layernorm.add(hidden, residual)
-        attended = self.self_attn(x, positions, rope, kv_cache, metadata)
+        attended = self.self_attn(x, rope, kv_cache, metadata)
         if self.placement == "pre":
             x, residual = self.post_attention_layernorm.add(attended, residual)
             return self.mlp(x), residual
@@ -217,18 +215,15 @@ class Decoder(CausalLM):
             softcap=config.final_softcap,
             batch_invariant=batch_invariant,
         )
-        self._ropes: list[Tensor | None] = []
+        self._rotary: dict[int, RotaryEmbedding] = {}  # by the id of its configuration
 
     def prepare(self, device: torch.device) -> None:
         """Compute the rotary tables, one per kind that occurs."""
-        tables = {
-            id(rope): cos_sin_cache(rope, self.max_model_len, device)
+        self._rotary = {
+            id(rope): RotaryEmbedding(rope, self.max_model_len, device)
             for rope in self.config.layer_ropes
             if rope is not None
         }
-        self._ropes = [
-            tables[id(rope)] if rope is not None else None for rope in self.config.layer_ropes
-        ]
 
     def forward(
         self,
@@ -249,8 +244,10 @@ class Decoder(CausalLM):
             # Rounded to the dtype first, as transformers does.
             hidden = hidden * torch.tensor(self.config.embedding_scale).to(hidden)
         residual: Tensor | None = None
-        for layer, rope, kv_cache in zip(self.layers, self._ropes, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, positions, rope, kv_cache, metadata)
+        rows = {key: rotary.rows(positions, metadata) for key, rotary in self._rotary.items()}
+        ropes = (rows.get(id(rope)) for rope in self.config.layer_ropes)
+        for layer, rope, kv_cache in zip(self.layers, ropes, kv_caches, strict=True):
+            hidden, residual = layer(hidden, residual, rope, kv_cache, metadata)
         assert residual is not None
         return self.norm.add(hidden, residual)[0]
 

@@ -12,6 +12,7 @@ from nbllm import LLM, SamplingParams
 
 HEAD = {"head_dim": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 24}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 # One line each: test id, class prefix in transformers, configuration.
@@ -24,9 +25,18 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama-tied", "Llama", HEAD | {"tie_word_embeddings": True}),
     ("mistral-window", "Mistral", HEAD | {"sliding_window": 24}),
     ("qwen2", "Qwen2", {}),
+    ("qwen2-window", "Qwen2", WINDOW | {"max_window_layers": 1}),
+    ("qwen3-window", "Qwen3", HEAD | WINDOW | {"max_window_layers": 2}),
     ("qwen3", "Qwen3", HEAD),
     ("phi3", "Phi3", {"sliding_window": None}),
     ("gemma2", "Gemma2", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
+    (
+        "gemma2-softcap",
+        "Gemma2",
+        HEAD
+        | {"query_pre_attn_scalar": 4, "attn_implementation": "eager"}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
     ("gemma3", "Gemma3Text", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
     ("smollm3", "SmolLM3", {}),
     ("olmo2", "Olmo2", {}),
