@@ -175,14 +175,15 @@ import resource, sys
 from nbllm import LLM, RequestFailedError, SamplingParams
 
 folder = sys.argv[1]
-llm = LLM(folder, skip_tokenizer_init=True, device="cpu", dtype="float32", max_model_len=4096,
-          kv_cache_memory_bytes=64 << 20, max_num_batched_tokens=4096, max_logprobs=-1)
+llm = LLM(folder, skip_tokenizer_init=True, device="cpu", dtype="float32", max_num_seqs=4)
 params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 expected = llm.generate([5, 6, 7], params)[0].outputs[0].token_ids
+scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+llm.generate([5, 6, 7], scored)  # libraries allocate at first use, and abort if they can't
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
 try:
-    llm.generate([5] * 4000, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1))
+    llm.generate([5] * 250, scored)  # 250 rows of logits: 100 MB in one piece
     sys.exit("the limit did not bite")
 except RequestFailedError as error:
     assert error.__cause__ is not None
@@ -196,7 +197,7 @@ llm.close()
 def test_a_request_that_exhausts_the_ram_fails_and_the_next_one_runs(
     make_checkpoint: Callable[..., tuple[Path, Any]],
 ) -> None:
-    folder, _ = make_checkpoint("Qwen3", head_dim=16, max_position_embeddings=4096)
+    folder, _ = make_checkpoint("Qwen3", head_dim=16, vocab_size=100_000, num_hidden_layers=1)
     run = subprocess.run(
         [sys.executable, "-c", OUT_OF_RAM, str(folder)], check=False, capture_output=True, text=True
     )
