@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from nbllm.errors import ModelLoadError
+from nbllm.model_files import has_file, read_json
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+# The index files of the weights are among the *.json.
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "*.tiktoken"]
+_COMMIT = re.compile("[0-9a-f]{40}")
 _TRUE_WORDS = ("1", "true", "yes", "on")
 
 
@@ -54,48 +58,95 @@ def _from_hugging_face(
     cache_dir: str | Path | None,
     load_format: str,
 ) -> Path:
-    from huggingface_hub import errors as hub_errors
+    try:
+        return _download(name, revision, token, cache_dir, load_format)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of the hub's client and of two HTTP libraries, by version
+        raise ModelLoadError(_explain(name, revision, error)) from error
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    load_format: str,
+) -> Path:
+    """Only the files that are needed: all small ones at the top, and one kind of weights."""
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    try:
-        # Configuration and tokenizer first: they are small, and a wrong name fails at once.
-        folder = Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, **options))
-        if load_format in ("dummy", "tokenizer"):
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "ignore_patterns": ["*/*"]}
+    folder = Path(
+        snapshot_download(name, allow_patterns=_SMALL_FILES, revision=revision, **options)
+    )
+    if load_format in ("dummy", "tokenizer"):
+        return folder
+    # The commit that was found, for all that follows: a branch may move in between.
+    options["revision"] = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    for single in _weight_names(load_format):
+        index = f"{single}.index.json"
+        files = _shard_names(folder, index) if has_file(folder, index) else [single]
+        snapshot_download(name, allow_patterns=files, **options)
+        missing = [file for file in files if not has_file(folder, file)]
+        if not missing:
             return folder
-        for pattern in _weight_patterns(load_format):
-            snapshot_download(name, allow_patterns=[pattern], **options)
-            if any(folder.glob(pattern)):
-                return folder
-        raise ModelLoadError(f"{name} on the hub has no weights that nbllm can read")
-    except hub_errors.GatedRepoError as error:
-        raise ModelLoadError(
-            f"{name} is gated: accept its terms on its page on the hub, then pass hf_token= "
+        if has_file(folder, index):
+            raise ModelLoadError(f"{index} of {name} lists {missing[0]}, which is not on the hub")
+    raise ModelLoadError(
+        f"{name} on the hub has no weights that nbllm can read: looked for "
+        f"{', '.join(_weight_names(load_format))} and their shards"
+    )
+
+
+def _weight_names(load_format: str) -> list[str]:
+    names = {"safetensors": ["model.safetensors"], "pt": ["pytorch_model.bin"]}
+    return names.get(load_format, ["model.safetensors", "pytorch_model.bin"])
+
+
+def _shard_names(folder: Path, index: str) -> list[str]:
+    weight_map = read_json(folder, index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ModelLoadError(f"{index}: weight_map does not list the names of weight files")
+    return sorted(names)
+
+
+def _explain(name: str, revision: str | None, error: Exception) -> str:
+    """What went wrong with a download, and what to do."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{name} is gated: accept its licence on its page on the hub, then pass hf_token= "
             "or log in with `hf auth login`"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise ModelLoadError(f"{name} has no revision {revision!r}") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise ModelLoadError(
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
             f"{name} is neither a local folder nor a repository on the hub that you may read; "
             "check the name, or pass hf_token= for a private one"
-        ) from error
-    except hub_errors.HFValidationError as error:
-        raise ModelLoadError(f"{name!r} is not a valid repository name: {error}") from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{name} is not in the local cache and the hub can't be reached (or HF_HUB_OFFLINE is "
-            "set): connect once, or pass the path of a folder. LLM() without a name needs no hub."
-        ) from error
-    except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise ModelLoadError(
-            f"downloading {name} failed: {error}. Run it again to go on where it stopped."
-        ) from error
+        )
+    if status in (401, 403):
+        return f"the hub does not let you read {name}: check hf_token= ({_first_line(error)})"
+    if isinstance(error, errors.HFValidationError):
+        return f"{name!r} is not a valid repository name: {_first_line(error)}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"{name} is not in the local cache, or not all of it, and the hub can't be reached "
+            f"(or HF_HUB_OFFLINE is set): connect once, or pass the path of a folder. LLM() "
+            f"without a name needs no hub. ({_first_line(error.__cause__ or error)})"
+        )
+    return (
+        f"downloading {name} failed: {_first_line(error)}. Run it again: complete files are kept."
+    )
 
 
-def _weight_patterns(load_format: str) -> list[str]:
-    patterns = {"safetensors": ["*.safetensors"], "pt": ["pytorch_model*.bin"]}
-    return patterns.get(load_format, ["*.safetensors", "pytorch_model*.bin"])
+def _first_line(error: BaseException) -> str:
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _uses_modelscope() -> bool:
@@ -108,7 +159,8 @@ def _from_modelscope(name: str, revision: str | None, cache_dir: str | Path | No
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as error:
         raise ModelLoadError(
-            "NBLLM_USE_MODELSCOPE is set, but modelscope is not installed: pip install modelscope"
+            "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope is not installed: "
+            "pip install modelscope"
         ) from error
     try:
         cache = str(cache_dir) if cache_dir is not None else None

@@ -181,7 +181,9 @@ def _convert(folder: Path) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
         backend = tokenizer.backend_tokenizer
     except Exception as error:
         raise ModelLoadError(f"the tokenizer in {folder} can't be loaded: {error}") from error
