@@ -96,7 +96,9 @@ class Request:
     cumulative_logprob: float = 0.0
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    metrics: RequestMetrics = field(
+        default_factory=lambda: RequestMetrics(arrival_time=time.monotonic())
+    )
 
     @property
     def num_tokens(self) -> int:
