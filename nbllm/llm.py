@@ -23,6 +23,7 @@ from nbllm.generation_call import (
 )
 from nbllm.hub import resolve_model
 from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
+from nbllm.notebook_cell import NotebookCell, current_cell
 from nbllm.output_processor import make_detokenizer
 from nbllm.outputs import BeamSearchOutput, RequestOutput
 from nbllm.progress import progress_bar
@@ -37,7 +38,8 @@ _live: weakref.WeakSet[LLM] = weakref.WeakSet()
 class LLM:
     """Loads a model and generates text with it, many requests at once.
 
-    All methods may be called from any thread, and all calls share one continuous batch.
+    All methods may be called from any thread, and all calls share one continuous batch. A notebook
+    cell that is run again closes the `LLM` that its earlier run made.
 
     Args:
         model: the bundled demo model if None; else a local folder or a name on the hub.
@@ -95,6 +97,8 @@ class LLM:
             "cache_dir": download_dir,
         }
         folder = resolve_model(model, load_format=load_format, **source)
+        self._cell = current_cell()
+        _close_earlier_run(self._cell)
         self._tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
             tokenizer_folder = folder
@@ -384,6 +388,13 @@ class LLM:
         encode_batch = self._tokenizer.encode_batch if self._tokenizer is not None else None
         encoded = iter(encode_prompts(rows, encode_batch))
         return [p if isinstance(p, EncodedPrompt) else next(encoded) for p in prompts]
+
+
+def _close_earlier_run(cell: NotebookCell | None) -> None:
+    """A cell that is run again replaces its `LLM`: free the old one before sizing the new one."""
+    for llm in list(_live):
+        if cell is not None and llm._cell is not None and cell.is_rerun_of(llm._cell):
+            llm.close()
 
 
 def last_created_llm() -> LLM | None:
