@@ -228,15 +228,18 @@ class RequestFactory:
                 f"sampling_params must be SamplingParams, got {type(params).__name__}",
                 parameter="sampling_params",
             )
+        params.verify()
         for name in ("structured_outputs", "thinking_token_budget"):
             if getattr(params, name) is not None:
                 raise InvalidRequestError(f"{name} is not supported yet", parameter=name)
         limit = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
-            if value is not None and limit != -1 and not 0 <= value <= limit:
+            count = self._vocab_size if value == -1 else value
+            if count is not None and limit != -1 and count > limit:
                 raise InvalidRequestError(
-                    f"{name}={value} is more than max_logprobs={limit} of this LLM", parameter=name
+                    f"{name}={value} is more than this LLM reports: it has max_logprobs={limit}",
+                    parameter=name,
                 )
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             self._check_ids(getattr(params, name) or (), name)

@@ -6,15 +6,15 @@ to None, which is "as much as fits", instead of 16.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from nbllm.errors import InvalidRequestError
+from nbllm.checks import check_bool, check_float, check_int, check_list, fail
 
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy
 _MIN_TEMPERATURE = 0.01  # smaller ones would overflow the division
@@ -30,9 +30,15 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing before the end
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class RepetitionDetectionParams:
-    """Stop a text that repeats itself: `min_count` copies of a pattern of that many tokens."""
+    """Stop a text that ends in `min_count` copies of a pattern of so many tokens.
+
+    Attributes:
+        max_pattern_size: 0 switches the detection off.
+        min_pattern_size: 0 means 1.
+        min_count: at least 2, unless it is off.
+    """
 
     max_pattern_size: int = 0
     min_pattern_size: int = 0
@@ -40,59 +46,41 @@ class RepetitionDetectionParams:
 
     def __post_init__(self) -> None:
         for name in ("max_pattern_size", "min_pattern_size", "min_count"):
-            _check_int(f"repetition_detection.{name}", getattr(self, name), minimum=0)
+            check_int(f"repetition_detection.{name}", getattr(self, name), minimum=0)
         if self.min_pattern_size > self.max_pattern_size:
-            raise InvalidRequestError(
-                "repetition_detection.min_pattern_size must not exceed max_pattern_size",
-                parameter="repetition_detection",
-            )
+            fail("repetition_detection", "min_pattern_size must not exceed max_pattern_size")
         if self.max_pattern_size > 0 and self.min_count < 2:
-            raise InvalidRequestError(
-                "repetition_detection.min_count must be at least 2",
-                parameter="repetition_detection",
-            )
+            fail("repetition_detection", "min_count must be at least 2")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class StructuredOutputsParams:
-    """A constraint on the generated text: exactly one of the first six fields."""
+    """A constraint on the generated text: exactly one of json, regex, choice, grammar, json_object,
+    structural_tag."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    structural_tag: str | None = None
 
     def __post_init__(self) -> None:
-        constraints = (
-            self.json,
-            self.regex,
-            self.choice,
-            self.grammar,
-            self.json_object,
-            self.structural_tag,
-        )
-        if sum(constraint is not None for constraint in constraints) != 1:
-            raise InvalidRequestError(
-                "structured_outputs needs exactly one of json, regex, choice, grammar, "
-                "json_object, structural_tag",
-                parameter="structured_outputs",
-            )
-        if self.choice is not None and not self.choice:
-            raise InvalidRequestError(
-                "structured_outputs.choice must not be empty", parameter="structured_outputs"
-            )
-        if self.grammar is not None and not self.grammar.strip():
-            raise InvalidRequestError(
-                "structured_outputs.grammar must not be blank", parameter="structured_outputs"
-            )
+        names = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+        if sum(getattr(self, name) is not None for name in names) != 1:
+            fail("structured_outputs", f"needs exactly one of {', '.join(names)}")
+        if self.choice is not None:
+            choices = check_list("structured_outputs", self.choice)
+            if not choices or not all(isinstance(choice, str) for choice in choices):
+                fail("structured_outputs", "choice must be a list of strings, not empty")
+        if self.grammar is not None and not str(self.grammar).strip():
+            fail("structured_outputs", "grammar must not be blank")
 
 
-@dataclass(slots=True, kw_only=True, repr=False)
+@dataclass(slots=True, repr=False)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
@@ -114,7 +102,7 @@ class SamplingParams:
         max_tokens: most tokens to generate; None is as many as fit.
         min_tokens: least tokens to generate before end-of-sequence or stops count.
         logprobs: report the log-probabilities of the chosen and this many most likely tokens;
-            -1 is all.
+            -1 is all, True is 1, False is None.
         prompt_logprobs: the same for the prompt's tokens.
         logprob_token_ids: report these ids instead of the most likely ones.
         flat_logprobs: accepted for compatibility; logprobs are always dicts.
@@ -129,6 +117,8 @@ class SamplingParams:
         thinking_token_budget: bound on reasoning tokens.
         skip_reading_prefix_cache: compute the whole prompt.
         extra_args: for plugins; not interpreted.
+        skip_clone: `clone()` may return the same object.
+        routed_experts_prompt_start: accepted for compatibility.
 
     Raises:
         InvalidRequestError: a value breaks its rule; `.parameter` names the field.
@@ -145,8 +135,6 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -157,30 +145,45 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    skip_clone: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
-    structured_outputs: StructuredOutputsParams | None = None
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    repetition_detection: RepetitionDetectionParams | None = None
-    thinking_token_budget: int | None = None
-    skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = None
+    bad_words: list[str] | None = None
+    skip_reading_prefix_cache: bool | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    routed_experts_prompt_start: int = 0
 
     def __post_init__(self) -> None:
-        self._normalize()
-        self._check_numbers()
+        self.verify()
+
+    def verify(self) -> None:
+        """Check all fields, and bring those with several accepted forms to one.
+
+        Done on construction, and again when a request is made of it, since fields can be set.
+
+        Raises:
+            InvalidRequestError: a value breaks its rule.
+        """
+        self._normalize_lists()
         self._check_lengths()
-        self._check_lists()
+        self._check_numbers()
+        self._check_types()
         if self.temperature < _GREEDY_BELOW:
             if self.n > 1:
-                _fail("n", f"n must be 1 with greedy sampling (temperature 0), got {self.n}")
+                fail("n", f"must be 1 with greedy sampling (temperature 0), got {self.n}")
             self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
 
     def __repr__(self) -> str:
+        default: dict[str, list[str]] = {"stop": [], "stop_token_ids": [], "bad_words": []}
         changed = (
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if getattr(self, field.name) != default.get(field.name, field.default)
         )
         return f"SamplingParams({', '.join(changed)})"
 
@@ -193,7 +196,8 @@ class SamplingParams:
     def from_generation_config(cls, generation_config: Mapping[str, Any]) -> SamplingParams:
         """The sampling that a model's generation_config.json recommends.
 
-        `do_sample: false`, or no word about sampling, leaves vLLM's defaults (temperature 1).
+        As in vLLM, what it does not mention has its default, so that a file without a word about
+        sampling means temperature 1, whatever its `do_sample`.
         """
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
@@ -202,95 +206,116 @@ class SamplingParams:
         return cls(**values)
 
     def clone(self, **changes: Any) -> SamplingParams:
-        """A copy, with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A deep copy, with some fields changed; itself with `skip_clone` and no changes."""
+        if self.skip_clone and not changes:
+            return self
+        return dataclasses.replace(copy.deepcopy(self), **changes)
 
     @property
     def is_greedy(self) -> bool:
         """True if the most likely token is always taken."""
         return self.temperature == 0.0
 
-    def _normalize(self) -> None:
-        """Bring the several accepted spellings of a value to one."""
-        if self.seed == -1:
-            self.seed = None
-        if self.stop is None:
-            self.stop = []
-        elif isinstance(self.stop, str):
-            self.stop = [self.stop]
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is True:
-                setattr(self, name, 1)
-        if self.top_k == -1:
-            self.top_k = 0
+    def _normalize_lists(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop)
+        self.bad_words = check_list("bad_words", self.bad_words)
+        for name, texts in (("stop", self.stop), ("bad_words", self.bad_words)):
+            for text in texts:
+                if not isinstance(text, str) or (not text.strip() and name == "bad_words"):
+                    fail(name, f"must hold non-blank strings, got {text!r}")
+                if not text:
+                    fail(name, "must not hold an empty string")
+        if self.stop and not self.detokenize:
+            fail("stop", "strings need detokenize=True")
+        self.stop_token_ids = _check_ids("stop_token_ids", self.stop_token_ids)
+        for name in ("allowed_token_ids", "logprob_token_ids"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _check_ids(name, getattr(self, name)))
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            fail("allowed_token_ids", "must not be empty")
         if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                _fail("logit_bias", "logit_bias must be a dict of token id -> number")
-            self.logit_bias = {
-                _check_int("logit_bias", int(token_id) if _is_digits(token_id) else token_id): min(
-                    100.0, max(-100.0, _check_float("logit_bias", value))
-                )
-                for token_id, value in self.logit_bias.items()
-            }
+            self.logit_bias = _check_bias(self.logit_bias)
+
+    def _check_lengths(self) -> None:
+        check_int("n", self.n, minimum=1, maximum=_MAX_N)
+        if self.seed is not None:
+            self.seed = check_int("seed", self.seed)
+            if self.seed == -1:
+                self.seed = None
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, minimum=1)
+        check_int("min_tokens", self.min_tokens, minimum=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            fail(
+                "min_tokens", f"must not exceed max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                setattr(self, name, 1 if value else None)
+            elif value is not None:
+                check_int(name, value, minimum=-1)
+        if self.logprob_token_ids is not None:
+            count = len(self.logprob_token_ids)
+            if count > _MAX_LOGPROB_TOKEN_IDS:
+                fail("logprob_token_ids", f"holds at most {_MAX_LOGPROB_TOKEN_IDS}, got {count}")
+            if self.logprobs is not None and self.logprobs != count:
+                fail("logprob_token_ids", f"and logprobs must agree: {count}, {self.logprobs}")
 
     def _check_numbers(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
-            _check_float(name, getattr(self, name), minimum=-2.0, maximum=2.0)
-        if _check_float("repetition_penalty", self.repetition_penalty) <= 0.0:
-            _fail("repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
-        _check_float("temperature", self.temperature, minimum=0.0)
+            check_float(name, getattr(self, name), minimum=-2.0, maximum=2.0)
+        if check_float("repetition_penalty", self.repetition_penalty) <= 0.0:
+            fail("repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
+        check_float("temperature", self.temperature, minimum=0.0)
         if _GREEDY_BELOW <= self.temperature < _MIN_TEMPERATURE:
             warnings.warn(
                 f"temperature {self.temperature} is raised to {_MIN_TEMPERATURE}: smaller ones "
                 "overflow; use 0 for greedy sampling",
-                stacklevel=4,
+                stacklevel=5,
             )
             self.temperature = _MIN_TEMPERATURE
-        if not 0.0 < _check_float("top_p", self.top_p) <= 1.0:
-            _fail("top_p", f"must be in (0, 1], got {self.top_p}")
-        _check_int("top_k", self.top_k, minimum=0)
-        _check_float("min_p", self.min_p, minimum=0.0, maximum=1.0)
+        if not 0.0 < check_float("top_p", self.top_p) <= 1.0:
+            fail("top_p", f"must be in (0, 1], got {self.top_p}")
+        if check_int("top_k", self.top_k, minimum=-1) == -1:
+            self.top_k = 0
+        check_float("min_p", self.min_p, minimum=0.0, maximum=1.0)
 
-    def _check_lengths(self) -> None:
-        _check_int("n", self.n, minimum=1, maximum=_MAX_N)
-        if self.seed is not None:
-            _check_int("seed", self.seed)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, minimum=1)
-        _check_int("min_tokens", self.min_tokens, minimum=0)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            _fail(
-                "min_tokens",
-                f"must not exceed max_tokens={self.max_tokens}, got {self.min_tokens}",
-            )
-        for name in ("logprobs", "prompt_logprobs"):
+    def _check_types(self) -> None:
+        for name in _BOOLS:
+            setattr(self, name, check_bool(name, getattr(self, name)))
+        if self.skip_reading_prefix_cache is not None:
+            check_bool("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+        for name, kind in _TYPES.items():
             value = getattr(self, name)
-            if value is not None:
-                _check_int(name, value, minimum=-1)
+            if value is not None and not isinstance(value, kind):
+                fail(name, f"must be of type {kind.__name__}, got {value!r:.200}")
+        if self.output_kind is None:
+            fail("output_kind", "must be a RequestOutputKind")
         if self.thinking_token_budget is not None:
-            _check_int("thinking_token_budget", self.thinking_token_budget, minimum=0)
-
-    def _check_lists(self) -> None:
-        for name in ("stop", "bad_words"):
-            for text in getattr(self, name) or ():
-                if not isinstance(text, str) or not text:
-                    _fail(name, f"must hold non-empty strings, got {text!r}")
-        if self.stop and not self.detokenize:
-            _fail("stop", "stop strings need detokenize=True")
-        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
-            for token_id in getattr(self, name) or ():
-                _check_int(name, token_id)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            _fail("allowed_token_ids", "must not be empty")
-        if self.logprob_token_ids is not None:
-            count = len(self.logprob_token_ids)
-            if count > _MAX_LOGPROB_TOKEN_IDS:
-                _fail("logprob_token_ids", f"at most {_MAX_LOGPROB_TOKEN_IDS}, got {count}")
-            if self.logprobs is not None and self.logprobs != count:
-                _fail("logprob_token_ids", "logprobs must be None or their number")
+            if check_int("thinking_token_budget", self.thinking_token_budget, minimum=-1) == -1:
+                self.thinking_token_budget = None
+        check_int("routed_experts_prompt_start", self.routed_experts_prompt_start, minimum=0)
 
 
-@dataclass(slots=True, kw_only=True)
+_BOOLS = (
+    "ignore_eos",
+    "flat_logprobs",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "skip_clone",
+)
+_TYPES: dict[str, type] = {
+    "output_kind": RequestOutputKind,
+    "structured_outputs": StructuredOutputsParams,
+    "repetition_detection": RepetitionDetectionParams,
+    "extra_args": dict,
+}
+
+
+@dataclass(slots=True)
 class BeamSearchParams:
     """Beam search: the `beam_width` most probable texts.
 
@@ -306,45 +331,25 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("beam_width", self.beam_width, minimum=1)
-        _check_int("max_tokens", self.max_tokens, minimum=1)
-        _check_float("temperature", self.temperature, minimum=0.0)
-        _check_float("length_penalty", self.length_penalty)
+        check_int("beam_width", self.beam_width, minimum=1)
+        check_int("max_tokens", self.max_tokens, minimum=1)
+        check_float("temperature", self.temperature, minimum=0.0)
+        check_float("length_penalty", self.length_penalty)
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            check_bool(name, getattr(self, name))
 
 
-def _fail(parameter: str, rule: str) -> NoReturn:
-    message = rule if rule.startswith((parameter, "stop strings")) else f"{parameter} {rule}"
-    raise InvalidRequestError(message, parameter=parameter)
+def _check_ids(parameter: str, value: Any) -> list[int]:
+    return [check_int(parameter, token_id, minimum=0) for token_id in check_list(parameter, value)]
 
 
-def _is_digits(value: Any) -> bool:
-    return isinstance(value, str) and value.isdigit()  # JSON has no other keys
-
-
-def _check_int(
-    parameter: str, value: Any, *, minimum: int | None = None, maximum: int | None = None
-) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        _fail(parameter, f"must be an integer, got {value!r}")
-    number = int(value)
-    if minimum is not None and number < minimum:
-        _fail(parameter, f"must be at least {minimum}, got {number}")
-    if maximum is not None and number > maximum:
-        _fail(parameter, f"must be at most {maximum}, got {number}")
-    return number
-
-
-def _check_float(
-    parameter: str, value: Any, *, minimum: float | None = None, maximum: float | None = None
-) -> float:
-    try:
-        number = float(value) if not isinstance(value, (bool, str)) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):  # NaN would pass every comparison below
-        _fail(parameter, f"must be a finite number, got {value!r}")
-    if minimum is not None and number < minimum:
-        _fail(parameter, f"must be at least {minimum:g}, got {number:g}")
-    if maximum is not None and number > maximum:
-        _fail(parameter, f"must be at most {maximum:g}, got {number:g}")
-    return number
+def _check_bias(value: Any) -> dict[int, float]:
+    """Token id -> bias in [-100, 100]; JSON can't have ids as keys, so digits will do."""
+    if not isinstance(value, Mapping):
+        fail("logit_bias", f"must be a dict of token id -> number, got {value!r:.200}")
+    bias: dict[int, float] = {}
+    for key, number in value.items():
+        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+        token_id = check_int("logit_bias", int(key) if is_text else key, minimum=0)
+        bias[token_id] = min(100.0, max(-100.0, check_float("logit_bias", number)))
+    return bias
