@@ -115,17 +115,17 @@ def _common_fields(raw: Raw, generation_config: Raw) -> Raw:
 
 
 def _eos_token_ids(raw: Raw, generation_config: Raw, vocab_size: int) -> tuple[int, ...]:
-    for content, file in ((generation_config, "generation_config.json"), (raw, "config.json")):
+    found: tuple[int, ...] = ()
+    for content, file in ((raw, "config.json"), (generation_config, "generation_config.json")):
         eos = content.get("eos_token_id")
         if eos is None:
             continue
-        ids = tuple(eos) if isinstance(eos, list) else (eos,)
-        for token_id in ids:
+        found = tuple(eos) if isinstance(eos, list) else (eos,)  # the latter file wins
+        for token_id in found:
             # Used as an index into the logits.
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise ModelLoadError(f"{file}: eos_token_id {token_id!r} is not in the vocabulary")
-        return ids
-    return ()
+    return found
 
 
 def _ties_by_default(raw: Raw) -> bool:

@@ -20,7 +20,7 @@ def find_file(folder: Path, name: object) -> Path:
     Raises:
         ModelLoadError: there is none, or it is a path or a link to somewhere else.
     """
-    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
         raise ModelLoadError(f"file {name!r} in {folder}: not a plain file name")
     path = folder / name
     if path.is_symlink():

@@ -6,7 +6,6 @@ of a second; `transformers` is imported only for folders that have older files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from nbllm.chat_template import render_chat_template
 from nbllm.detokenizer import IncrementalDetokenizer
 from nbllm.errors import InvalidRequestError, ModelLoadError
+from nbllm.model_files import find_file, has_file, read_json
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
@@ -60,9 +60,9 @@ class Tokenizer:
         Raises:
             ModelLoadError: no tokenizer there, or a damaged one.
         """
-        config = _read_json(folder / "tokenizer_config.json")
-        path = folder / "tokenizer.json"
-        if path.is_file():
+        config = _read_optional(folder, "tokenizer_config.json")
+        if has_file(folder, "tokenizer.json"):
+            path = find_file(folder, "tokenizer.json")
             try:
                 fast = FastTokenizer.from_file(str(path))
             except Exception as error:  # the library raises bare Exceptions
@@ -71,9 +71,9 @@ class Tokenizer:
             fast = _convert(folder)
         fast.no_truncation()
         fast.no_padding()
-        special = _read_json(folder / "special_tokens_map.json") | config
+        special = _read_optional(folder, "special_tokens_map.json") | config
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-        texts = {name: _token_text(special[name]) for name in names if special.get(name)}
+        texts = {name: _token_text(name, special[name]) for name in names if special.get(name)}
         return cls(fast, special_tokens=texts, chat_template=_read_template(folder, config))
 
     @property
@@ -144,36 +144,36 @@ class Tokenizer:
         return token_id
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path.name}: can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path.name}: expected a JSON object")
-    return content
+def _read_optional(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder, name) if has_file(folder, name) else {}
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if has_file(folder, "chat_template.jinja"):
+        try:
+            return find_file(folder, "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"chat_template.jinja in {folder}: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
-        return {entry["name"]: entry["template"] for entry in template}
+        try:
+            return {str(entry["name"]): str(entry["template"]) for entry in template}
+        except (KeyError, TypeError) as error:
+            raise ModelLoadError(f"tokenizer_config.json: chat_template: {error!r}") from error
     return template if isinstance(template, str) else None
 
 
-def _token_text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, Mapping) else token)
+def _token_text(name: str, token: Any) -> str:
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise ModelLoadError(f"tokenizer_config.json: {name} is {token!r}, not a text")
+    return text
 
 
 def _convert(folder: Path) -> FastTokenizer:
     """Build the fast tokenizer of a folder that has vocab.json, merges.txt or a .model file."""
-    files = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tokenizer_config.json")
-    if not any((folder / name).is_file() for name in files):
+    files = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    if not any(has_file(folder, name) for name in files):
         raise ModelLoadError(
             f"no tokenizer in {folder} (tokenizer.json is missing): pass tokenizer=, "
             "or skip_tokenizer_init=True and token ids"

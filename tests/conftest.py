@@ -36,12 +36,9 @@ MakeCheckpoint = Callable[..., tuple[Path, Any]]
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCheckpoint]:
     """(folder, transformers model) of a named architecture with random float32 weights."""
     import transformers
-
-    gc.collect()
-    gc.freeze()  # transformers is a million objects that every later collection would walk
 
     made: dict[str, tuple[Path, Any]] = {}
 
@@ -54,10 +51,14 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             model = getattr(transformers, class_name)(config).eval().float()
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
+            if not made:
+                gc.collect()
+                gc.freeze()  # transformers: a million objects that every collection would walk
             made[key] = folder, model
         return made[key]
 
-    return make
+    yield make
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
