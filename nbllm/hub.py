@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nbllm.errors import ModelLoadError
 from nbllm.model_files import has_file, read_json
@@ -46,48 +47,63 @@ def resolve_model(
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ModelLoadError(f"there is no folder {text}")
+    cache = str(cache_dir) if cache_dir is not None else None
     if _uses_modelscope():
-        return _from_modelscope(text, revision, cache_dir)
-    return _from_hugging_face(text, revision, token, cache_dir, load_format)
+        return _from_modelscope(text, revision, cache, load_format)
+    return _from_hugging_face(text, revision, token, cache, load_format)
 
 
 def _from_hugging_face(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    load_format: str,
+    name: str, revision: str | None, token: str | bool | None, cache: str | None, load_format: str
 ) -> Path:
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(snapshot_download, name, token=token, cache_dir=cache, ignore_patterns=["*/*"])
     try:
-        return _download(name, revision, token, cache_dir, load_format)
+        return _download(name, fetch, revision, load_format)
     except ModelLoadError:
         raise
     except Exception as error:  # of the hub's client and of two HTTP libraries, by version
         raise ModelLoadError(_explain(name, revision, error)) from error
 
 
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    load_format: str,
-) -> Path:
-    """Only the files that are needed: all small ones at the top, and one kind of weights."""
-    from huggingface_hub import snapshot_download
+def _from_modelscope(name: str, revision: str | None, cache: str | None, load_format: str) -> Path:
+    try:
+        from modelscope.hub.snapshot_download import snapshot_download
+    except ImportError as error:
+        raise ModelLoadError(
+            "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope is not installed: "
+            "pip install modelscope"
+        ) from error
+    fetch = partial(snapshot_download, name, cache_dir=cache, ignore_patterns=["*/*"])
+    try:
+        return _download(name, fetch, revision, load_format)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # its errors have no common base
+        raise ModelLoadError(
+            f"downloading {name} from ModelScope failed: {_first_line(error)}"
+        ) from error
 
-    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "ignore_patterns": ["*/*"]}
-    folder = Path(
-        snapshot_download(name, allow_patterns=_SMALL_FILES, revision=revision, **options)
-    )
+
+def _download(name: str, fetch: Callable[..., str], revision: str | None, load_format: str) -> Path:
+    """Only the files that are needed: all small ones at the top, and one kind of weights.
+
+    Args:
+        name: of the repository, for messages.
+        fetch: downloads what matches `allow_patterns` of a `revision`; returns the folder.
+        revision: as the user gave it.
+        load_format: as in `resolve_model`.
+    """
+    folder = Path(fetch(allow_patterns=_SMALL_FILES, revision=revision))
     if load_format in ("dummy", "tokenizer"):
         return folder
     # The commit that was found, for all that follows: a branch may move in between.
-    options["revision"] = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     for single in _weight_names(load_format):
         index = f"{single}.index.json"
         files = _shard_names(folder, index) if has_file(folder, index) else [single]
-        snapshot_download(name, allow_patterns=files, **options)
+        fetch(allow_patterns=files, revision=commit)
         missing = [file for file in files if not has_file(folder, file)]
         if not missing:
             return folder
@@ -152,18 +168,3 @@ def _first_line(error: BaseException) -> str:
 def _uses_modelscope() -> bool:
     names = ("NBLLM_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
     return any(os.environ.get(name, "").strip().lower() in _TRUE_WORDS for name in names)
-
-
-def _from_modelscope(name: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    try:
-        from modelscope.hub.snapshot_download import snapshot_download
-    except ImportError as error:
-        raise ModelLoadError(
-            "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope is not installed: "
-            "pip install modelscope"
-        ) from error
-    try:
-        cache = str(cache_dir) if cache_dir is not None else None
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache))
-    except Exception as error:  # its errors have no common base
-        raise ModelLoadError(f"downloading {name} from ModelScope failed: {error}") from error
