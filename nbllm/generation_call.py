@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nbllm.engine.request_stream import Progress, RequestStream
 from nbllm.errors import InvalidRequestError, NbllmError
 from nbllm.inputs import EncodedPrompt
-from nbllm.output_processor import OutputProcessor, error_output
+from nbllm.output_processor import OutputProcessor, count_cut_texts, error_output
 from nbllm.outputs import RequestOutput
 from nbllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -108,8 +108,7 @@ class GenerationCall:
             if request not in self._active:
                 continue
             number, processor = self._active[request]
-            processor.update(request, num_output_tokens)
-            if request.is_finished:
+            if processor.update(request, num_output_tokens):
                 del self._active[request]
             changed[number] = processor
         for number, processor in changed.items():
@@ -177,8 +176,16 @@ def raise_errors(outputs: Iterator[tuple[int, RequestOutput]]) -> Iterator[Reque
         yield output
 
 
-def check_outputs(outputs: list[RequestOutput], is_single: bool) -> list[RequestOutput]:
-    """Raise the error of a single prompt; warn of what a list of outputs might hide."""
+def check_outputs(
+    outputs: list[RequestOutput], is_single: bool, max_model_len: int | None = None
+) -> list[RequestOutput]:
+    """Raise the error of a single prompt; warn of what a list of outputs might hide.
+
+    Args:
+        outputs: finished.
+        is_single: the user gave one prompt, not a list.
+        max_model_len: texts that fill it end in the middle of a sentence, most likely.
+    """
     errors = [output.error for output in outputs if output.error is not None]
     if errors and is_single:
         raise errors[0]
@@ -189,6 +196,14 @@ def check_outputs(outputs: list[RequestOutput], is_single: bool) -> list[Request
             f"the first: {(fatal or errors)[0]}",
             stacklevel=3,
         )
+    if max_model_len is not None:
+        num_cut = count_cut_texts(outputs, max_model_len)
+        if num_cut:
+            warnings.warn(
+                f"{num_cut} text(s) ended by length: prompt and text filled "
+                f"max_model_len={max_model_len}; set max_tokens or stop, or raise max_model_len",
+                stacklevel=3,
+            )
     return outputs
 
 

@@ -170,7 +170,9 @@ class LLM:
             raise Interrupted(partial=outputs) from error
         finally:
             bar.close()
-        return check_outputs(cast("list[RequestOutput]", outputs), is_single)
+        return check_outputs(
+            cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
+        )
 
     def generate_iter(
         self,
@@ -223,7 +225,9 @@ class LLM:
                     outputs[index] = output
                 for index, output in call.submit():
                     outputs[index] = output
-        return check_outputs(cast("list[RequestOutput]", outputs), is_single)
+        return check_outputs(
+            cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
+        )
 
     async def astream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0

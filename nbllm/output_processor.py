@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nbllm.engine.request import FinishReason, Request
 from nbllm.inputs import EncodedPrompt
 from nbllm.outputs import CompletionOutput, PositionLogprobs, RequestMetrics, RequestOutput
@@ -59,9 +61,11 @@ class OutputProcessor:
         """True once all continuations were read to their end."""
         return all(continuation.is_finished for continuation in self._continuations)
 
-    def update(self, request: Request, num_output_tokens: int) -> None:
-        """Read a request up to `num_output_tokens` generated tokens."""
-        self._by_request[request].read(num_output_tokens)
+    def update(self, request: Request, num_output_tokens: int) -> bool:
+        """Read a request up to `num_output_tokens` generated tokens; True if it ended there."""
+        continuation = self._by_request[request]
+        continuation.read(num_output_tokens)
+        return continuation.is_finished
 
     def report(self) -> RequestOutput:
         """What is known now; in DELTA mode each call consumes what it reports."""
@@ -103,47 +107,55 @@ class _Continuation:
         self._params = params
         self._tokenizer = tokenizer
         self._is_delta = output_kind == RequestOutputKind.DELTA
+        self._has_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and params.detokenize:
             prompt_ids = request.token_ids[: request.num_prompt_tokens]
             self._detokenizer = make_detokenizer(tokenizer, prompt_ids, params)
         self._num_read = 0
         self._num_reported = 0
-        self._text_reported = 0
+        self._new_text: list[str] = []  # since the last report
+        self._cumulative_logprob = 0.0
 
     def read(self, num_output_tokens: int) -> None:
         request = self._request
-        finished = request.is_finished
+        # The engine may be ahead of the mark that is being read: the end is reached when the
+        # last token is, not when the request says that it is finished.
+        finished = request.is_finished and num_output_tokens == request.num_output_tokens
         begin = request.num_prompt_tokens + self._num_read
         end = request.num_prompt_tokens + num_output_tokens
+        if self._has_logprobs:
+            for index in range(self._num_read, num_output_tokens):
+                token_id = request.token_ids[request.num_prompt_tokens + index]
+                self._cumulative_logprob += request.logprobs[index][token_id].logprob
         self._num_read = num_output_tokens
-        if self._detokenizer is not None:
+        if self._detokenizer is not None and not self.is_finished:
             visible = end - 1 if finished and self._ends_with_hidden_token() else end
-            self._detokenizer.push(request.token_ids[begin:visible])
+            self._new_text.append(self._detokenizer.push(request.token_ids[begin:visible]))
             if finished:
-                self._detokenizer.finish()
+                self._new_text.append(self._detokenizer.finish())
         self.is_finished = finished
 
     def report(self) -> CompletionOutput:
         request = self._request
-        text = self._detokenizer.text if self._detokenizer is not None else ""
+        text = ""
+        if self._detokenizer is not None:
+            text = "".join(self._new_text) if self._is_delta else self._detokenizer.text
         first = self._num_reported if self._is_delta else 0
-        first_char = self._text_reported if self._is_delta else 0
-        self._num_reported, self._text_reported = self._num_read, len(text)
+        self._num_reported = self._num_read
+        self._new_text.clear()
         start = request.num_prompt_tokens
         logprobs: list[PositionLogprobs] | None = None
-        cumulative: float | None = None
-        if self._params.logprobs is not None or self._params.logprob_token_ids is not None:
+        if self._has_logprobs:
             logprobs = request.logprobs[first : self._num_read]
-            cumulative = request.cumulative_logprob
             for entry in logprobs:
                 _decode_logprobs(entry, self._tokenizer)
         reason = request.finish_reason if self.is_finished else None
         return CompletionOutput(
             index=self._index,
-            text=text[first_char:],
+            text=text,
             token_ids=request.token_ids[start + first : start + self._num_read],
-            cumulative_logprob=cumulative,
+            cumulative_logprob=self._cumulative_logprob if self._has_logprobs else None,
             logprobs=logprobs,
             finish_reason=reason.value if reason is not None else None,
             stop_reason=request.stop_reason if self.is_finished else None,
@@ -157,6 +169,16 @@ class _Continuation:
             and not isinstance(request.stop_reason, str)
             and not self._params.include_stop_str_in_output
         )
+
+
+def count_cut_texts(outputs: Iterable[RequestOutput], max_model_len: int) -> int:
+    """Number of texts that ended because the model's context was full."""
+    return sum(
+        completion.finish_reason == FinishReason.LENGTH.value
+        and len(output.prompt_token_ids) + len(completion.token_ids) >= max_model_len
+        for output in outputs
+        for completion in output.outputs
+    )
 
 
 def error_output(request_id: str, prompt: EncodedPrompt, error: Exception) -> RequestOutput:

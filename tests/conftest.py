@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,79 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeCh
 
     yield make
     gc.unfreeze()
+
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. It was a bright, cold day in April!",
+    "Grüße aus Zürich: naïve café, señor, 2 × 3 = 6, 100 % €5.",
+    "日本語のテキストと中文文本，한국어 문장도 있습니다。",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag 🇩🇪, हिन्दी में पाठ, עברית, العربية, ไทย",
+    "def f(x):\n    return x ** 2  # don't\n\n\tprint(f(3))",
+]
+
+
+def _train_tokenizer(kind: str) -> Any:
+    """A small tokenizer of one of the kinds that models have, trained on `TEXTS`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    options: dict[str, Any] = {"special_tokens": special, "show_progress": False}
+    if kind == "byte_level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, **options)
+    elif kind == "sentencepiece":  # as Llama 2's: metaspace and byte fallback
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        options["special_tokens"] = special + [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=480, limit_alphabet=70, **options)
+    elif kind == "metaspace":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", **options)
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece(cleanup=True)
+        trainer = trainers.WordPieceTrainer(vocab_size=300, **options)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if kind == "sentencepiece":  # the bytes are pieces of text, not special tokens
+        state = json.loads(tokenizer.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in special]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], Any]:
+    """A `tokenizers.Tokenizer`: "byte_level", "sentencepiece", "metaspace" or "wordpiece"."""
+    made: dict[str, Any] = {}
+
+    def make(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = _train_tokenizer(kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def multilingual_texts() -> list[str]:
+    """Sentences in many scripts, with emoji of several code points."""
+    return TEXTS
 
 
 @pytest.fixture(scope="session")
