@@ -72,8 +72,8 @@ def _from_modelscope(name: str, revision: str | None, cache: str | None, load_fo
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as error:
         raise ModelLoadError(
-            "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope is not installed: "
-            "pip install modelscope"
+            "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope can't be imported "
+            f"({error}): pip install modelscope"
         ) from error
     fetch = partial(snapshot_download, name, cache_dir=cache, ignore_patterns=["*/*"])
     try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -72,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.log.append((self.command, path, self.headers.get("Range", "")))
+        if path.startswith("/api/v1/models/"):
+            return self.answer_modelscope(path.removeprefix("/api/v1/models/"))
         parts = path.removeprefix("/api/models").strip("/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
         repo = self.server.repos.get(name)
@@ -109,6 +112,27 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def answer_modelscope(self, path: str) -> None:
+        """ModelScope's list of a repository's files, and one of them."""
+        name, _, action = path.partition("/repo")
+        query = dict(parse_qsl(urlsplit(self.path).query))
+        repo = self.server.repos.get(name)
+        if repo is None or query.get("FilePath", "config.json") not in repo.files:
+            return self.refuse(404, "NotFound")
+        if action != "/files":
+            return self.send_body(repo.files[query["FilePath"]], "application/octet-stream")
+        files = [
+            {
+                "Path": file,
+                "Name": file,
+                "Type": "blob",
+                "Size": len(content),
+                "Sha256": hashlib.sha256(content).hexdigest(),
+            }
+            for file, content in repo.files.items()
+        ]
+        return self.send_json({"Code": 200, "Success": True, "Data": {"Files": files}})
+
     def send_file(self, repo: Repo, revision: str, file: str) -> None:
         if revision not in ("main", repo.sha) or file not in repo.files:
             self.refuse(404, "EntryNotFound")
@@ -140,9 +164,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def send_json(self, content: Any) -> None:
-        body = json.dumps(content).encode()
+        self.send_body(json.dumps(content).encode(), "application/json")
+
+    def send_body(self, body: bytes, content_type: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body if self.command == "GET" else b"")
@@ -180,6 +206,8 @@ def client_environment(hub: Hub, home: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     return kept | {
         "HF_ENDPOINT": hub.url,
+        "MODELSCOPE_ENDPOINT": hub.url,
+        "MODELSCOPE_DOMAIN": hub.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,15 @@ def test_modelscope_is_asked_for_by_a_true_word_and_must_be_installed(
         with pytest.raises(ModelLoadError) as info:
             resolve_model("me/not-there", cache_dir=shutil.os.devnull + "/x")
         assert "modelscope" not in str(info.value)
+
+
+@pytest.mark.skipif(find_spec("modelscope") is None, reason="modelscope is not installed")
+def test_modelscope_downloads_what_is_needed(hub: Any, resolve: Resolve) -> None:
+    hub.add("me/tiny", SMALL)
+    environment = {"VLLM_USE_MODELSCOPE": "True"}
+    folder = Path(resolve("me/tiny", environment=environment)["folder"])
+    needed = {"config.json", "tokenizer.json", "merges.txt", "model.safetensors"}
+    assert needed <= {path.name for path in folder.iterdir()}
+    assert not (folder / "pytorch_model.bin").exists() and not (folder / "onnx").exists()
+    error = resolve("me/missing", environment=environment)["error"]
+    assert "downloading me/missing from ModelScope failed" in error
