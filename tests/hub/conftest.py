@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -225,17 +224,16 @@ def run_client(hub: Hub, tmp_path: Path) -> Callable[..., Any]:
     def run(
         script: str, argument: Any, *, file_size_limit: int | None = None, **environment: str
     ) -> Any:
-        def limit() -> None:
-            if file_size_limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-
+        if file_size_limit is not None:
+            limits = f"resource.RLIMIT_FSIZE, ({file_size_limit}, {file_size_limit})"
+            script = f"import resource\nresource.setrlimit({limits})\n{script}"
         result = subprocess.run(
             [sys.executable, "-c", script, json.dumps(argument)],
             env=client_environment(hub, tmp_path / "home") | environment,
             capture_output=True,
             text=True,
             timeout=120,
-            preexec_fn=limit,
+            check=False,
         )
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])

@@ -87,7 +87,8 @@ def test_the_last_position_can_be_used_and_not_more(
     [prompt] = random_prompts((120,))
     with LLM(folder, **OPTIONS) as llm:
         assert llm.config.max_model_len == 128
-        output = llm.generate(prompt, GREEDY)[0].outputs[0]
+        with pytest.warns(UserWarning, match="max_model_len"):
+            output = llm.generate(prompt, GREEDY)[0].outputs[0]
         assert output.token_ids == generate_greedily(model, prompt, 8)
         assert output.finish_reason == "length"
         with pytest.raises(PromptTooLongError):

@@ -113,8 +113,7 @@ def test_greedy_tokens_equal_those_of_transformers_beyond_the_original_length(
         assert llm.get_metrics()["num_preemptions"] > 0
         assert [o.outputs[0].token_ids for o in outputs] == references
     with LLM(folder, enable_prefix_caching=False, **OPTIONS) as llm:
-        params = GREEDY.clone()
-        params.n = 2
+        params = SamplingParams(top_k=1, n=2, max_tokens=16, ignore_eos=True)
         for prompt, tokens_of_one in zip(prompts, references, strict=True):
             twins = llm.generate(prompt, params)[0].outputs
             assert [twin.token_ids for twin in twins] == [tokens_of_one] * 2
