@@ -46,10 +46,12 @@ def gather_logprobs(
         entry: PositionLogprobs = {token_id: Logprob(logprob, rank)}
         extra = extra_token_ids[row] if extra_token_ids is not None else None
         if extra is not None:
-            for extra_id in extra:
-                value = logprobs[row, extra_id]
-                extra_rank = int((logprobs[row] > value).sum()) + 1
-                entry.setdefault(extra_id, Logprob(float(value), extra_rank))
+            values = logprobs[row, torch.tensor(list(extra), device=logits.device).long()]
+            extra_ranks = (logprobs[row] > values[:, None]).sum(dim=-1) + 1
+            for extra_id, value, extra_rank in zip(
+                extra, values.tolist(), extra_ranks.tolist(), strict=True
+            ):
+                entry.setdefault(extra_id, Logprob(value, extra_rank))
         else:
             for i in range(counts[row]):
                 entry.setdefault(top_ids[i], Logprob(top_values[i], i + 1))

@@ -14,7 +14,7 @@ from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import gather_logprobs
 from nbllm.engine.request import Request
-from nbllm.engine.sampler import Sampler
+from nbllm.engine.sampler import Sampler, find_dead_ends
 from nbllm.engine.scheduler import SchedulerOutput
 from nbllm.errors import RequestFailedError
 from nbllm.outputs import PositionLogprobs
@@ -30,7 +30,7 @@ class StepOutput:
         sampled: the new token of each request whose last token was computed.
         logprobs: log-probabilities at the sampled position, for requests that want them.
         prompt_logprobs: those of the prompt tokens that this step scored, likewise.
-        failed: requests whose logits were not numbers.
+        failed: requests whose logits were not numbers, or that allow no token.
     """
 
     sampled: dict[Request, int] = field(default_factory=dict)
@@ -113,6 +113,7 @@ class ModelRunner:
         raw = self._rows_for_logprobs(logits, step)
         token_ids = self.sampler(logits, step, self.batch)
         self.batch.append_tokens(step, token_ids)
+        result.failed.update(find_dead_ends(step.sampled_requests))
         tokens, bad = torch.stack([token_ids, is_bad.to(torch.int64)]).tolist()
         for request, token_id, failed in zip(step.sampled_requests, tokens, bad, strict=True):
             if failed:
@@ -120,7 +121,7 @@ class ModelRunner:
                     "the model computed logits that are not numbers (NaN or infinite): "
                     "the weights are damaged, or overflow in this dtype (try dtype='float32')"
                 )
-            else:
+            elif request not in result.failed:
                 result.sampled[request] = token_id
         if raw is not None:
             self._report_logprobs(raw, token_ids, step, result)

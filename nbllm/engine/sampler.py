@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from nbllm.engine.batch import (
     has_penalties,
 )
 from nbllm.engine.request import Request
+from nbllm.errors import RequestFailedError
 from nbllm_kernels import SamplingTensors, sample
 
 
@@ -51,8 +52,7 @@ class Sampler:
             [num_sampled] int64 token ids.
         """
         requests = step.sampled_requests
-        for row, request in enumerate(requests):
-            restrict(logits[row], request)
+        restrict(logits, requests)
         penalized = [i for i, r in enumerate(requests) if has_penalties(r.sampling_params)]
         if penalized:
             self._apply_penalties(logits, step, batch, penalized)
@@ -118,36 +118,78 @@ def apply_penalties(
     return logits - presence[:, None] * (output_counts > 0)
 
 
-def restrict(logits: Tensor, request: Request) -> None:
-    """Steps 1 to 4 of `Sampler` on one row ([vocab_size] float32), in place."""
+def restrict(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Steps 1 to 4 of `Sampler`, in place.
+
+    Args:
+        logits: [len(requests), vocab_size] float32.
+        requests: one per row.
+    """
+    allowed: dict[int, list[int]] = {}
+    forbidden: dict[int, list[int]] = {}
+    biases: dict[int, dict[int, float]] = {}
+    for row, request in enumerate(requests):
+        params = request.sampling_params
+        if params.allowed_token_ids is not None:
+            allowed[row] = params.allowed_token_ids
+        ids = forbidden_ids(request)
+        if ids:
+            forbidden[row] = ids
+        if params.logit_bias:
+            biases[row] = params.logit_bias
+    if allowed:
+        mask = torch.zeros(len(allowed), logits.shape[1], dtype=torch.bool, device=logits.device)
+        mask[_pairs(dict(enumerate(allowed.values())), logits)] = True
+        rows = torch.tensor(list(allowed), device=logits.device)
+        logits[rows] = logits[rows].masked_fill_(~mask, -torch.inf)
+    if forbidden:
+        logits[_pairs(forbidden, logits)] = -torch.inf
+    if biases:
+        values = [value for bias in biases.values() for value in bias.values()]
+        bias = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        logits.index_put_(_pairs(biases, logits), bias, accumulate=True)
+
+
+def _pairs(ids_of_rows: Mapping[int, Iterable[int]], logits: Tensor) -> tuple[Tensor, ...]:
+    """Index of the given ids in the given rows."""
+    pairs = [(row, token_id) for row, ids in ids_of_rows.items() for token_id in ids]
+    return torch.tensor(pairs, dtype=torch.int64, device=logits.device).unbind(dim=1)
+
+
+def forbidden_ids(request: Request) -> list[int]:
+    """Ids that `bad_words` and `min_tokens` forbid as the next token."""
     params = request.sampling_params
-    if params.allowed_token_ids is not None:
-        allowed = _index(params.allowed_token_ids, logits)
-        kept = logits[allowed]
-        logits.fill_(-torch.inf)
-        logits[allowed] = kept
+    forbidden: list[int] = []
     if request.bad_words_token_ids:
-        forbidden = _completions(request.bad_words_token_ids, request.output_token_ids)
-        if forbidden:
-            logits[_index(forbidden, logits)] = -torch.inf
+        forbidden += _completions(request.bad_words_token_ids, request)
     if request.num_output_tokens < params.min_tokens:
-        stops = [*request.eos_token_ids, *(params.stop_token_ids or ())]
-        if stops:
-            logits[_index(stops, logits)] = -torch.inf
-    if params.logit_bias:
-        ids = _index(list(params.logit_bias), logits)
-        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        logits[ids] += bias.to(logits.dtype)
+        forbidden += [*request.eos_token_ids, *(params.stop_token_ids or ())]
+    return forbidden
 
 
-def _completions(bad_words: Sequence[Sequence[int]], output: list[int]) -> list[int]:
-    """Ids that would complete a bad word after `output`."""
+def find_dead_ends(requests: Sequence[Request]) -> dict[Request, RequestFailedError]:
+    """Requests that allow no token at all, each with the error that it ends with.
+
+    The parameters can't be checked for that beforehand: it depends on the tokens so far.
+    """
+    errors: dict[Request, RequestFailedError] = {}
+    for request in requests:
+        allowed = request.sampling_params.allowed_token_ids
+        if allowed is not None and set(allowed) <= set(forbidden_ids(request)):
+            errors[request] = RequestFailedError(
+                "no token is left to choose: bad_words and min_tokens forbid all of "
+                "allowed_token_ids at this place"
+            )
+    return errors
+
+
+def _completions(bad_words: Sequence[Sequence[int]], request: Request) -> list[int]:
+    """Ids that would complete a bad word after the output so far."""
+    longest = max(len(word) for word in bad_words)
+    start = max(request.num_prompt_tokens, request.num_tokens - longest + 1)
+    tail = request.token_ids[start:]
     return [
         word[-1]
         for word in bad_words
-        if len(word) == 1 or list(word[:-1]) == output[len(output) - len(word) + 1 :]
+        if len(word) == 1 or list(word[:-1]) == tail[len(tail) - len(word) + 1 :]
     ]
-
-
-def _index(ids: Sequence[int], logits: Tensor) -> Tensor:
-    return torch.tensor(list(ids), dtype=torch.int64, device=logits.device)
