@@ -19,7 +19,7 @@ SHORT = [1.0 + 0.05 * i for i in range(8)]
 LONG = [2.0 + 0.5 * i for i in range(8)]
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXTENDED = {"original_max_position_embeddings": ORIGINAL}
-LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
+LONGROPE = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 
 # One line each: test id, class prefix in transformers, configuration.
 CASES: list[tuple[str, str, dict[str, Any]]] = [
