@@ -163,6 +163,22 @@ class ModelConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # None: the layer has no positions
 
     @property
+    def max_context_len(self) -> int:
+        """Tokens of prompt and output that the model can take.
+
+        As in vLLM: the configuration's positions, times what its rotary embedding stretches them
+        by, unless they are the stretched length already.
+        """
+        stretched = [self.max_position_embeddings]
+        for rope in self.layer_ropes:
+            if rope is not None and rope.rope_type in ("linear", "dynamic", "yarn"):
+                factor = float(rope.parameters.get("factor") or 1.0)
+                stretched.append(int(rope.original_max_position_embeddings * factor))
+        # Gemma 3 states the stretched length, and stretches only the layers without a window.
+        is_gemma = self.architecture == "Gemma3ForCausalLM"
+        return self.max_position_embeddings if is_gemma else max(stretched)
+
+    @property
     def length_rope(self) -> RopeConfig | None:
         """The rotary embedding that depends on the length of the text, if there is one."""
         ropes = (rope for rope in self.layer_ropes if rope is not None and rope.depends_on_length)

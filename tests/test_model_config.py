@@ -117,6 +117,19 @@ def test_end_ids_of_generation_config_win(tmp_path: Path) -> None:
     assert config.eos_token_ids == (5, 6) and config.generation_config["top_k"] == 20
 
 
+def test_a_stretched_rotary_embedding_takes_longer_texts() -> None:
+    def length(**scaling: Any) -> int:
+        return parse("LlamaForCausalLM", rope_scaling=scaling).max_context_len
+
+    assert parse("LlamaForCausalLM").max_context_len == 256
+    assert length(rope_type="linear", factor=4.0) == 1024
+    assert length(rope_type="dynamic", factor=2.0) == 512
+    assert length(rope_type="yarn", factor=4.0, original_max_position_embeddings=64) == 256
+    assert length(rope_type="yarn", factor=4.0, original_max_position_embeddings=256) == 1024
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+    assert length(rope_type="llama3", original_max_position_embeddings=64, **llama3) == 256
+
+
 def test_salts_part_texts_that_are_rotated_differently() -> None:
     dynamic = parse("LlamaForCausalLM", rope_scaling={"type": "dynamic", "factor": 2.0})
     assert [dynamic.rope_cache_salt(n) for n in (1, 256, 257, 300)] == [0, 0, 257, 300]

@@ -58,7 +58,7 @@ def resolve_config(
         (16384 if big_gpu else 8192) if on_gpu else 512
     )
     max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
-    wanted_len = config.max_model_len or model.max_position_embeddings
+    wanted_len = config.max_model_len or model.max_context_len
     per_block = block_size_bytes(model, block_size, dtype)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:

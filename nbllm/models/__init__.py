@@ -75,7 +75,7 @@ def load_model(
         OutOfMemoryError: the weights do not fit on the device.
         InvalidRequestError: the model has no positions for `max_model_len` tokens.
     """
-    length = max_model_len or config.max_position_embeddings
+    length = max_model_len or config.max_context_len
     model = build_model(config, max_model_len=length, batch_invariant=batch_invariant)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if load_format != "dummy":

@@ -12,6 +12,11 @@ from nbllm import LLM, SamplingParams
 
 HEAD = {"head_dim": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA3 = HEAD | {
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -28,7 +33,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2-window", "Qwen2", WINDOW | {"max_window_layers": 1}),
     ("qwen3-window", "Qwen3", HEAD | WINDOW | {"max_window_layers": 2}),
     ("qwen3", "Qwen3", HEAD),
+    ("qwen3-wide-heads", "Qwen3", {"head_dim": 32}),
     ("phi3", "Phi3", {"sliding_window": None}),
+    ("phi3-partial", "Phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
     ("gemma2", "Gemma2", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
     (
         "gemma2-softcap",
@@ -37,8 +44,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         | {"query_pre_attn_scalar": 4, "attn_implementation": "eager"}
         | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
-    ("gemma3", "Gemma3Text", HEAD | {"sliding_window": 24, "query_pre_attn_scalar": 16}),
-    ("smollm3", "SmolLM3", {}),
+    ("gemma3", "Gemma3Text", GEMMA3),
+    (
+        "gemma3-linear",
+        "Gemma3Text",
+        GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    ("smollm3", "SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     ("olmo2", "Olmo2", {}),
 ]
 PROMPT_LENS = (1, 5, 17, 33, 100, 64)
