@@ -2,7 +2,7 @@
 the tensor where there is one; nothing in the folder is run, nothing outside of it is opened.
 
 The file is a script, too: `python -O test_hostile_folders.py BASE WORK` runs every case where
-`assert` does nothing, and prints the errors.
+`assert` does nothing, and prints the errors. It is long because it is a table of a hundred cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbllm import LLM, ModelLoadError
+from nbllm import LLM, InvalidRequestError, ModelLoadError, SamplingParams
 
 WEIGHTS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -484,6 +484,22 @@ def test_a_known_architecture_with_an_auto_map_loads_without_its_code(
     with watched(folder) as events:
         LLM(folder, device="cpu").close()
     assert events == [] and CANARY not in os.environ
+
+
+def test_a_tokenizer_with_ids_that_the_model_lacks_fails_only_the_texts_that_use_them(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["~"] = 600
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    with LLM(folder, device="cpu") as llm:
+        with pytest.warns(UserWarning, match="1 of 2 prompts failed"):
+            good, bad = llm.generate(["abc", "a~c"], params, use_tqdm=False)
+        assert len(good.outputs[0].token_ids) == 4
+        assert isinstance(bad.error, InvalidRequestError) and "600" in str(bad.error)
 
 
 def test_all_of_it_holds_without_assert_statements(base: Path, tmp_path: Path) -> None:
