@@ -187,6 +187,7 @@ def error_output(request_id: str, prompt: EncodedPrompt, error: Exception) -> Re
         request_id=request_id,
         prompt=prompt.text,
         prompt_token_ids=prompt.token_ids,
+        prompt_logprobs=None,
         outputs=[CompletionOutput(0, "", [], finish_reason=FinishReason.ERROR.value)],
         finished=True,
         metrics=RequestMetrics(),

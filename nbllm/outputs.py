@@ -36,8 +36,9 @@ class CompletionOutput:
         cumulative_logprob: sum of the log-probabilities of the generated tokens, or None
             if no logprobs were asked for.
         logprobs: one dict per generated token, or None.
-        finish_reason: "stop", "length", "abort", "error", or None while it runs.
+        finish_reason: "stop", "length", "repetition", "abort", "error", or None while it runs.
         stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+        routed_experts, lora_request: for vLLM's sake; None.
     """
 
     index: int
@@ -47,6 +48,8 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    routed_experts: None = None
+    lora_request: None = None
 
     def finished(self) -> bool:
         """True once nothing more will be generated."""
@@ -63,6 +66,31 @@ class RequestMetrics:
     finished_time: float = 0.0
     num_preemptions: int = 0
 
+    @property
+    def queued_ts(self) -> float:
+        """vLLM's name of `arrival_time`."""
+        return self.arrival_time
+
+    @property
+    def scheduled_ts(self) -> float:
+        """vLLM's name of `scheduled_time`."""
+        return self.scheduled_time
+
+    @property
+    def first_token_ts(self) -> float:
+        """vLLM's name of `first_token_time`."""
+        return self.first_token_time
+
+    @property
+    def last_token_ts(self) -> float:
+        """vLLM's name of `finished_time`."""
+        return self.finished_time
+
+    @property
+    def first_token_latency(self) -> float:
+        """Seconds from arrival to the first token; 0.0 before it."""
+        return max(self.first_token_time - self.arrival_time, 0.0)
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -73,10 +101,12 @@ class RequestOutput:
         prompt: the prompt's text, or None if token ids were given.
         prompt_token_ids: the prompt as the model saw it.
         prompt_logprobs: one entry per prompt token (the first is None), if asked for.
-        outputs: `n` continuations.
+        outputs: `n` continuations, in order.
         finished: True once all continuations ended.
-        num_cached_tokens: prompt tokens found in the prefix cache.
         metrics: times of this request.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        lora_request, encoder_prompt, encoder_prompt_token_ids, kv_transfer_params: for vLLM's
+            sake; None.
         error: (addition) why this request failed, or None. The other requests of the
             same call are not affected.
     """
@@ -84,11 +114,15 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[PositionLogprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    num_cached_tokens: int = 0
+    kv_transfer_params: None = None
     error: Exception | None = None
 
 
