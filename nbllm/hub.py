@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -56,11 +55,20 @@ def resolve_model(
 def _from_hugging_face(
     name: str, revision: str | None, token: str | bool | None, cache: str | None, load_format: str
 ) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     fetch = partial(snapshot_download, name, token=token, cache_dir=cache, ignore_patterns=["*/*"])
+    api = HfApi(token=token)
     try:
-        return _download(name, fetch, revision, load_format)
+        folder = Path(fetch(allow_patterns=_SMALL_FILES, revision=revision))
+        # The commit that was found, for all that follows: a branch may move in between.
+        commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+        if commit is not None and _weights_are_in(folder, load_format):
+            return folder
+        files = api.list_repo_files(name, revision=commit or revision)
+        wanted = _needed_weights(name, folder, set(files), load_format)
+        fetch(allow_patterns=wanted, revision=commit or revision)
+        return folder
     except ModelLoadError:
         raise
     except Exception as error:  # of the hub's client and of two HTTP libraries, by version
@@ -75,43 +83,53 @@ def _from_modelscope(name: str, revision: str | None, cache: str | None, load_fo
             "NBLLM_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is set, but modelscope can't be imported "
             f"({error}): pip install modelscope"
         ) from error
-    fetch = partial(snapshot_download, name, cache_dir=cache, ignore_patterns=["*/*"])
+    fetch = partial(snapshot_download, name, cache_dir=cache, revision=revision)
     try:
-        return _download(name, fetch, revision, load_format)
+        folder = Path(fetch(allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]))
+        if load_format in ("dummy", "tokenizer"):
+            return folder
+        for single in _weight_names(load_format):
+            files = _weight_files(folder, single)
+            fetch(allow_patterns=files)
+            if all(has_file(folder, file) for file in files):
+                return folder
     except ModelLoadError:
         raise
     except Exception as error:  # its errors have no common base
         raise ModelLoadError(
             f"downloading {name} from ModelScope failed: {_first_line(error)}"
         ) from error
+    raise _no_weights(name, load_format)
 
 
-def _download(name: str, fetch: Callable[..., str], revision: str | None, load_format: str) -> Path:
-    """Only the files that are needed: all small ones at the top, and one kind of weights.
-
-    Args:
-        name: of the repository, for messages.
-        fetch: downloads what matches `allow_patterns` of a `revision`; returns the folder.
-        revision: as the user gave it.
-        load_format: as in `resolve_model`.
-    """
-    folder = Path(fetch(allow_patterns=_SMALL_FILES, revision=revision))
+def _weights_are_in(folder: Path, load_format: str) -> bool:
+    """True if nothing is left to download."""
     if load_format in ("dummy", "tokenizer"):
-        return folder
-    # The commit that was found, for all that follows: a branch may move in between.
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+        return True
+    candidates = (_weight_files(folder, single) for single in _weight_names(load_format))
+    return any(all(has_file(folder, file) for file in files) for files in candidates)
+
+
+def _needed_weights(name: str, folder: Path, on_hub: set[str], load_format: str) -> list[str]:
+    """The files of the first kind of weights that the repository has."""
+    if load_format in ("dummy", "tokenizer"):
+        return []
     for single in _weight_names(load_format):
-        index = f"{single}.index.json"
-        files = _shard_names(folder, index) if has_file(folder, index) else [single]
-        fetch(allow_patterns=files, revision=commit)
-        missing = [file for file in files if not has_file(folder, file)]
+        files = _weight_files(folder, single)
+        missing = sorted(set(files) - on_hub)
         if not missing:
-            return folder
-        if has_file(folder, index):
-            raise ModelLoadError(f"{index} of {name} lists {missing[0]}, which is not on the hub")
-    raise ModelLoadError(
-        f"{name} on the hub has no weights that nbllm can read: looked for "
-        f"{', '.join(_weight_names(load_format))} and their shards"
+            return files
+        if files != [single]:
+            raise ModelLoadError(
+                f"{single}.index.json of {name} lists {missing[0]}, which is not on the hub"
+            )
+    raise _no_weights(name, load_format)
+
+
+def _no_weights(name: str, load_format: str) -> ModelLoadError:
+    looked_for = ", ".join(_weight_names(load_format))
+    return ModelLoadError(
+        f"{name} on the hub has no weights that nbllm can read: looked for {looked_for} and shards"
     )
 
 
@@ -120,12 +138,16 @@ def _weight_names(load_format: str) -> list[str]:
     return names.get(load_format, ["model.safetensors", "pytorch_model.bin"])
 
 
-def _shard_names(folder: Path, index: str) -> list[str]:
+def _weight_files(folder: Path, single: str) -> list[str]:
+    """The shards that the index of `single` lists, or, without an index, `single`."""
+    index = f"{single}.index.json"
+    if not has_file(folder, index):
+        return [single]
     weight_map = read_json(folder, index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ModelLoadError(f"{index}: weight_map does not list the names of weight files")
-    return sorted(names)
+    return sorted(set(names))
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> str:

@@ -47,6 +47,7 @@ def test_only_the_files_that_are_needed_are_downloaded_and_only_once(
     hub.log.clear()
     assert resolve("me/tiny")["folder"] == str(folder)
     assert not needed & set(hub.downloads())
+    assert len(hub.log) <= 2  # what the branch points to now, and no more
 
 
 def test_a_cached_model_loads_with_the_hub_gone_or_switched_off(hub: Any, resolve: Resolve) -> None:
@@ -176,7 +177,12 @@ def test_a_full_disk_is_a_typed_error_and_leaves_no_broken_file(hub: Any, resolv
 def test_an_index_that_lists_what_the_hub_does_not_have_is_refused(
     hub: Any, resolve: Resolve
 ) -> None:
-    for target, message in (("gone.safetensors", "not on the hub"), ("../x", "does not list")):
+    cases = (
+        ("gone.safetensors", "not on the hub"),
+        ("../x", "does not list"),
+        ([], "does not list"),
+    )
+    for target, message in cases:
         index = json.dumps({"weight_map": {"a": target}}).encode()
         hub.add("me/index", {"config.json": b"{}", "model.safetensors.index.json": index})
         hub.repos["me/index"].sha = hashlib.sha1(index).hexdigest()
