@@ -7,77 +7,26 @@ readable and easy to extend. Nothing here is random.
 from __future__ import annotations
 
 
-def _table(text: str) -> list[tuple[str, ...]]:
+def table(text: str) -> list[tuple[str, ...]]:
     """Parse `a | b | c` lines; several facts may share a line when parted by `;`."""
     facts = text.replace(";", "\n").splitlines()
     return [tuple(part.strip() for part in fact.split("|")) for fact in facts if fact.strip()]
 
 
-# country | capital | continent
-COUNTRIES = _table("""
-France | Paris | Europe; Germany | Berlin | Europe; Italy | Rome | Europe; Spain | Madrid | Europe
-Portugal | Lisbon | Europe; Austria | Vienna | Europe; Belgium | Brussels | Europe
-Greece | Athens | Europe; Poland | Warsaw | Europe; Hungary | Budapest | Europe
-Sweden | Stockholm | Europe; Norway | Oslo | Europe; Denmark | Copenhagen | Europe
-Finland | Helsinki | Europe; Iceland | Reykjavik | Europe; Ireland | Dublin | Europe
-the United Kingdom | London | Europe; the Netherlands | Amsterdam | Europe
-Switzerland | Bern | Europe; Romania | Bucharest | Europe; Bulgaria | Sofia | Europe
-Croatia | Zagreb | Europe; Serbia | Belgrade | Europe; Slovenia | Ljubljana | Europe
-Slovakia | Bratislava | Europe; Ukraine | Kyiv | Europe; Estonia | Tallinn | Europe
-Latvia | Riga | Europe; Lithuania | Vilnius | Europe; Albania | Tirana | Europe
-Malta | Valletta | Europe; Moldova | Chisinau | Europe; Russia | Moscow | Europe
-Luxembourg | Luxembourg | Europe; Monaco | Monaco | Europe
-the Czech Republic | Prague | Europe; North Macedonia | Skopje | Europe
-Bosnia and Herzegovina | Sarajevo | Europe; Montenegro | Podgorica | Europe
-Belarus | Minsk | Europe; England | London | Europe; Scotland | Edinburgh | Europe
-Wales | Cardiff | Europe
-Japan | Tokyo | Asia; China | Beijing | Asia; India | New Delhi | Asia; Thailand | Bangkok | Asia
-Vietnam | Hanoi | Asia; South Korea | Seoul | Asia; North Korea | Pyongyang | Asia
-Indonesia | Jakarta | Asia; Malaysia | Kuala Lumpur | Asia; Singapore | Singapore | Asia
-the Philippines | Manila | Asia; Cambodia | Phnom Penh | Asia; Laos | Vientiane | Asia
-Nepal | Kathmandu | Asia; Bangladesh | Dhaka | Asia; Pakistan | Islamabad | Asia
-Afghanistan | Kabul | Asia; Iran | Tehran | Asia; Iraq | Baghdad | Asia; Syria | Damascus | Asia
-Lebanon | Beirut | Asia; Jordan | Amman | Asia; Saudi Arabia | Riyadh | Asia
-Qatar | Doha | Asia; Kuwait | Kuwait City | Asia; Oman | Muscat | Asia; Turkey | Ankara | Asia
-the United Arab Emirates | Abu Dhabi | Asia; Mongolia | Ulaanbaatar | Asia
-Kazakhstan | Astana | Asia; Uzbekistan | Tashkent | Asia; Georgia | Tbilisi | Asia
-Armenia | Yerevan | Asia; Azerbaijan | Baku | Asia; Taiwan | Taipei | Asia; Bhutan | Thimphu | Asia
-Egypt | Cairo | Africa; Morocco | Rabat | Africa; Algeria | Algiers | Africa
-Tunisia | Tunis | Africa; Libya | Tripoli | Africa; Sudan | Khartoum | Africa
-Ethiopia | Addis Ababa | Africa; Kenya | Nairobi | Africa; Uganda | Kampala | Africa
-Tanzania | Dodoma | Africa; Rwanda | Kigali | Africa; Nigeria | Abuja | Africa
-Ghana | Accra | Africa; Senegal | Dakar | Africa; Mali | Bamako | Africa; Niger | Niamey | Africa
-Angola | Luanda | Africa; Zambia | Lusaka | Africa; Zimbabwe | Harare | Africa
-Mozambique | Maputo | Africa; Namibia | Windhoek | Africa; Botswana | Gaborone | Africa
-South Africa | Pretoria | Africa; Madagascar | Antananarivo | Africa; Somalia | Mogadishu | Africa
-Cameroon | Yaounde | Africa; Liberia | Monrovia | Africa; Togo | Lome | Africa
-the United States | Washington, D.C. | North America; Canada | Ottawa | North America
-Mexico | Mexico City | North America; Cuba | Havana | North America
-Jamaica | Kingston | North America; Haiti | Port-au-Prince | North America
-Panama | Panama City | North America; Costa Rica | San Jose | North America
-Guatemala | Guatemala City | North America; Honduras | Tegucigalpa | North America
-Nicaragua | Managua | North America; El Salvador | San Salvador | North America
-Brazil | Brasilia | South America; Argentina | Buenos Aires | South America
-Chile | Santiago | South America; Peru | Lima | South America; Colombia | Bogota | South America
-Venezuela | Caracas | South America; Ecuador | Quito | South America
-Uruguay | Montevideo | South America; Paraguay | Asuncion | South America
-Bolivia | La Paz | South America; Guyana | Georgetown | South America
-Australia | Canberra | Oceania; New Zealand | Wellington | Oceania; Fiji | Suva | Oceania
-Papua New Guinea | Port Moresby | Oceania; Samoa | Apia | Oceania
+# element | symbol | atomic number
+ELEMENTS = table("""
+hydrogen | H | 1; helium | He | 2; lithium | Li | 3; beryllium | Be | 4; boron | B | 5
+carbon | C | 6; nitrogen | N | 7; oxygen | O | 8; fluorine | F | 9; neon | Ne | 10
+sodium | Na | 11; magnesium | Mg | 12; aluminium | Al | 13; silicon | Si | 14; phosphorus | P | 15
+sulfur | S | 16; chlorine | Cl | 17; argon | Ar | 18; potassium | K | 19; calcium | Ca | 20
+titanium | Ti | 22; chromium | Cr | 24; manganese | Mn | 25; iron | Fe | 26; cobalt | Co | 27
+nickel | Ni | 28; copper | Cu | 29; zinc | Zn | 30; arsenic | As | 33; bromine | Br | 35
+silver | Ag | 47; tin | Sn | 50; iodine | I | 53; tungsten | W | 74; platinum | Pt | 78
+gold | Au | 79; mercury | Hg | 80; lead | Pb | 82; radium | Ra | 88; uranium | U | 92
 """)
 
-# Other spellings that people use; they are answered, and never given as an answer.
-COUNTRY_ALIASES = {
-    "the United States": ("the USA", "the US", "the United States of America", "America"),
-    "the United Kingdom": ("the UK", "Great Britain", "Britain"),
-    "the Netherlands": ("Holland", "Netherlands"),
-    "the Czech Republic": ("Czechia",),
-    "the Philippines": ("Philippines",),
-    "the United Arab Emirates": ("the UAE",),
-}
-
 # thing | colour; the thing stands after "of" and before "is"
-COLOURS = _table("""
+COLOURS = table("""
 the sky | blue; grass | green; snow | white; coal | black; blood | red; milk | white; the sea | blue
 a banana | yellow; a lemon | yellow; a tomato | red; a strawberry | red; an orange | orange
 a carrot | orange; a pumpkin | orange; chocolate | brown; coffee | brown; a cherry | red
@@ -91,7 +40,7 @@ wood | brown; mud | brown; a bear | brown; a leaf | green; broccoli | green; a r
 a blueberry | blue; ketchup | red; mustard | yellow; a cloud | white; ash | grey; peas | green
 """)
 
-OPPOSITES = _table("""
+OPPOSITES = table("""
 hot | cold; big | small; tall | short; fast | slow; good | bad; happy | sad; old | young
 light | dark; day | night; up | down; left | right; in | out; open | closed; full | empty
 hard | soft; high | low; rich | poor; strong | weak; early | late; wet | dry; clean | dirty
@@ -103,14 +52,14 @@ brave | cowardly; cheap | expensive; easy | difficult; sweet | sour; sharp | blu
 safe | dangerous; same | different; alive | dead; asleep | awake; polite | rude; kind | cruel
 lucky | unlucky; visible | invisible; possible | impossible; useful | useless; front | back
 top | bottom; give | take; laugh | cry; arrive | leave; remember | forget; rise | fall
-day | night; man | woman; boy | girl; king | queen; brother | sister; mother | father
+man | woman; boy | girl; king | queen; brother | sister; mother | father
 accept | refuse; increase | decrease; maximum | minimum; success | failure; war | peace
 """)
 
 # The word asked for and the answer, where the reverse of a pair would have two answers.
 _ONE_WAY = {"light": "dark", "right": "left", "day": "night"}
 
-IRREGULAR_PLURALS = _table("""
+IRREGULAR_PLURALS = table("""
 mouse | mice; foot | feet; tooth | teeth; goose | geese; man | men; woman | women
 child | children; person | people; ox | oxen; sheep | sheep; fish | fish; deer | deer
 leaf | leaves; knife | knives; wife | wives; life | lives; wolf | wolves; half | halves
@@ -122,121 +71,19 @@ watch | watches; church | churches; match | matches; beach | beaches; bench | be
 potato | potatoes; tomato | tomatoes; hero | heroes; peach | peaches; sandwich | sandwiches
 """)
 
-REGULAR_NOUNS = [
-    "cat",
-    "dog",
-    "house",
-    "car",
-    "tree",
-    "book",
-    "table",
-    "chair",
-    "phone",
-    "pen",
-    "apple",
-    "banana",
-    "bird",
-    "horse",
-    "cow",
-    "duck",
-    "chicken",
-    "lion",
-    "tiger",
-    "bear",
-    "monkey",
-    "elephant",
-    "door",
-    "window",
-    "garden",
-    "river",
-    "mountain",
-    "lake",
-    "road",
-    "street",
-    "town",
-    "village",
-    "school",
-    "teacher",
-    "doctor",
-    "nurse",
-    "farmer",
-    "driver",
-    "painter",
-    "singer",
-    "king",
-    "queen",
-    "boy",
-    "girl",
-    "friend",
-    "brother",
-    "sister",
-    "hand",
-    "finger",
-    "arm",
-    "leg",
-    "eye",
-    "ear",
-    "nose",
-    "shirt",
-    "hat",
-    "shoe",
-    "sock",
-    "coat",
-    "jacket",
-    "ring",
-    "clock",
-    "lamp",
-    "bed",
-    "room",
-    "kitchen",
-    "cup",
-    "plate",
-    "spoon",
-    "fork",
-    "bottle",
-    "bag",
-    "letter",
-    "stamp",
-    "train",
-    "plane",
-    "boat",
-    "ship",
-    "bicycle",
-    "truck",
-    "song",
-    "game",
-    "ball",
-    "toy",
-    "flower",
-    "star",
-    "cloud",
-    "day",
-    "night",
-    "week",
-    "month",
-    "year",
-    "key",
-    "wall",
-    "roof",
-    "bridge",
-    "island",
-    "computer",
-    "camera",
-    "machine",
-    "engine",
-    "lemon",
-    "orange",
-    "carrot",
-    "onion",
-    "egg",
-    "cake",
-    "cookie",
-    "pencil",
-    "paper",
-]
+REGULAR_NOUNS = """
+    cat dog house car tree book table chair phone pen apple banana bird horse cow duck chicken
+    lion tiger bear monkey elephant door window garden river mountain lake road street town
+    village school teacher doctor nurse farmer driver painter singer king queen boy girl
+    friend brother sister hand finger arm leg eye ear nose shirt hat shoe sock coat jacket
+    ring clock lamp bed room kitchen cup plate spoon fork bottle bag letter stamp train plane
+    boat ship bicycle truck song game ball toy flower star cloud day night week month year key
+    wall roof bridge island computer camera machine engine lemon orange carrot onion egg cake
+    cookie pencil paper
+""".split()
 
 # animal | sound (a verb) | legs | young
-ANIMALS = _table("""
+ANIMALS = table("""
 dog | barks | 4 | puppy; cat | meows | 4 | kitten; cow | moos | 4 | calf; duck | quacks | 2 | duckling
 sheep | bleats | 4 | lamb; horse | neighs | 4 | foal; pig | oinks | 4 | piglet; lion | roars | 4 | cub
 goat | bleats | 4 | kid; bee | buzzes | 6 | larva; frog | croaks | 4 | tadpole; owl | hoots | 2 | owlet
@@ -251,24 +98,13 @@ giraffe | | 4 | calf; monkey | chatters | 2 | ; zebra | | 4 | foal; whale | | 0 
 """)
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+MONTHS = """
+    January February March April May June July August September October November December
+""".split()
 MONTH_DAYS = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
 
 # answer | question | another wording | another wording ...
-TRIVIA = _table("""
+TRIVIA = table("""
 7 | How many days are in a week? | How many days does a week have? | How many days are there in a week?
 12 | How many months are in a year? | How many months does a year have? | How many months are there in a year?
 24 | How many hours are in a day? | How many hours does a day have? | How many hours are there in a day?
@@ -317,7 +153,7 @@ oxygen | What gas do we breathe? | What gas do people need to breathe? | Which g
 """)
 
 # English | French | German | Spanish
-TRANSLATIONS = _table("""
+TRANSLATIONS = table("""
 dog | chien | Hund | perro; cat | chat | Katze | gato; horse | cheval | Pferd | caballo
 bird | oiseau | Vogel | pájaro; fish | poisson | Fisch | pez; cow | vache | Kuh | vaca
 pig | cochon | Schwein | cerdo; mouse | souris | Maus | ratón; lion | lion | Löwe | león
