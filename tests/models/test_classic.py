@@ -149,3 +149,31 @@ def test_names_and_mask_buffers_of_the_original_gpt2_checkpoint_are_read(
     with LLM(rewrite(folder, tmp_path, change), **OPTIONS) as llm:
         output = llm.generate(prompt, GREEDY)[0].outputs[0]
     assert output.token_ids == generate_greedily(model, prompt)
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "gpt2"])
+def test_logprobs_equal_those_of_transformers_and_do_not_depend_on_the_batch(
+    make_checkpoint: Callable[..., Any], name: str
+) -> None:
+    [(prefix, config)] = [case[1:] for case in CASES if case[0] == name]
+    folder, model = make_checkpoint(prefix, **config)
+    prompts = random_prompts((9, 30, 17, 64))
+    params = GREEDY.clone()
+    params.logprobs, params.prompt_logprobs = 1, 1
+    with LLM(folder, batch_invariant=True, max_num_batched_tokens=64, **OPTIONS) as llm:
+        together = llm.generate(prompts, params, use_tqdm=False)
+        for prompt, output in zip(prompts, together, strict=True):
+            alone = llm.generate(prompt, params)[0]
+            assert alone.outputs[0].logprobs == output.outputs[0].logprobs
+            assert alone.prompt_logprobs == output.prompt_logprobs
+            text = prompt + output.outputs[0].token_ids
+            with torch.inference_mode():
+                expected = model(torch.tensor([text])).logits[0].log_softmax(-1)
+            entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            got = [entry[token].logprob for entry, token in zip(entries, text[1:], strict=True)]
+            torch.testing.assert_close(
+                torch.tensor(got),
+                expected[torch.arange(len(text) - 1), text[1:]],
+                rtol=0,
+                atol=1e-4,
+            )
