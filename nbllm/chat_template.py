@@ -1,24 +1,19 @@
-"""Rendering chat templates: Jinja from a model's folder, sandboxed and bounded.
-
-Templates come with models, so they are as trustworthy as a download. The sandbox keeps them from
-Python's internals; it does not bound time or memory, so output, loops, multiplications and the
-wall clock are bounded here.
-"""
+"""Rendering chat templates: Jinja from a model's folder, in the bounds of `template_sandbox`."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from nbllm.errors import InvalidRequestError
 
 _MAX_CHARS = 10_000_000
+_MAX_TEMPLATE_CHARS = 1_000_000
 _MAX_SECONDS = 1.5
-_MAX_RANGE = 100_000
+_END_MARK = "NBLLM_CONTINUES_HERE "  # the space tells whether the template trims
+_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "chat_template", "tokenize"])
 
 
 def render_chat_template(
@@ -42,32 +37,45 @@ def render_chat_template(
             parameter="continue_final_message",
         )
     _check_messages(messages)
+    reserved = _RESERVED.intersection(variables or ())
+    if reserved:
+        raise InvalidRequestError(
+            f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}",
+            parameter="chat_template_kwargs",
+        )
+    values = {"documents": None} | dict(variables or {})
+    conversation = [_name_reasoning(dict(message)) for message in messages]
+    if continue_final_message:
+        conversation[-1] = _mark_end(conversation[-1])
+    values |= {
+        "messages": conversation,
+        "tools": [dict(tool) for tool in tools] if tools is not None else None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    text = copy_context().run(_render, _compile(template), values)
+    return _cut_at_mark(text) if continue_final_message else text
+
+
+def _render(template: Any, values: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
-    deadline = time.monotonic() + _MAX_SECONDS
-    context = dict(variables or {}) | {
-        "messages": [dict(message) for message in messages],
-        "tools": [dict(tool) for tool in tools] if tools is not None else None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-        "range": lambda *bounds: _bounded_range(deadline, *bounds),
-    }
+    from nbllm import template_sandbox
+
+    template_sandbox.begin(_MAX_SECONDS)
     pieces: list[str] = []
     num_chars = 0
     try:
-        for piece in _compile(template).generate(**context):
+        for piece in template.generate(values):
             pieces.append(piece)
             num_chars += len(piece)
             if num_chars > _MAX_CHARS:
                 raise OverflowError(f"more than {_MAX_CHARS} characters")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"more than {_MAX_SECONDS} seconds")
-    except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
+            template_sandbox.check_time()
+    except (TemplateError, ArithmeticError, TypeError, ValueError, NameError) as error:
         raise _failure(error) from error
     except (LookupError, AttributeError, RecursionError, OSError, MemoryError) as error:
         raise _failure(error) from error
-    text = "".join(pieces)
-    return _cut_after_last_message(text, messages) if continue_final_message else text
+    return "".join(pieces)
 
 
 def _failure(error: Exception) -> InvalidRequestError:
@@ -87,85 +95,55 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _cut_after_last_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    content = messages[-1].get("content")
-    last = content.strip() if isinstance(content, str) else ""
-    position = text.rfind(last) if last else -1
+def _name_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Give the reasoning of a message the names that templates read it under."""
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if message.get(name) is not None:
+            return {"thinking": message[name]} | message | {"reasoning_content": message[name]}
+    return message
+
+
+def _mark_end(message: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a message whose text ends in `_END_MARK`; of several parts, the last with text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return message | {"content": content + _END_MARK}
+    parts = list(content) if isinstance(content, (list, tuple)) else []
+    for index in reversed(range(len(parts))):
+        if isinstance(parts[index], Mapping) and "text" in parts[index]:
+            parts[index] = dict(parts[index]) | {"text": parts[index]["text"] + _END_MARK}
+            return message | {"content": parts}
+    raise InvalidRequestError(
+        "continue_final_message: the last message has no text", parameter="continue_final_message"
+    )
+
+
+def _cut_at_mark(text: str) -> str:
+    """What stands before `_END_MARK`. Templates that trim the text have trimmed the mark."""
+    position = text.rfind(_END_MARK.strip())
     if position < 0:
         raise InvalidRequestError(
             "continue_final_message: the template does not show the last message's text",
             parameter="continue_final_message",
         )
-    return text[: position + len(last)]
+    before = text[:position]
+    return before if text.startswith(_END_MARK, position) else before.rstrip()
 
 
 @lru_cache(maxsize=32)
 def _compile(template: str) -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import TemplateError
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Refuses attribute tricks (Jinja's sandbox) and huge products."""
+    from nbllm.template_sandbox import make_environment
 
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**":
-                raise OverflowError("powers are not allowed in chat templates")
-            for value, count in ((left, right), (right, left)):
-                if isinstance(value, (str, list, tuple)) and isinstance(count, int):
-                    if len(value) * count > _MAX_RANGE:
-                        raise OverflowError("a repetition is too long")
-            return super().call_binop(context, operator, left, right)
-
-    class GenerationTag(Extension):
-        """{% generation %} marks the assistant's tokens for training; here it changes nothing."""
-
-        tags = frozenset(["generation"])  # type: ignore[assignment]
-
-        def parse(self, parser: Any) -> Any:
-            lineno = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=lineno)
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.pop("lipsum", None)  # an unbounded text generator
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    if len(template) > _MAX_TEMPLATE_CHARS:
+        raise InvalidRequestError(
+            f"the chat template is longer than {_MAX_TEMPLATE_CHARS} characters",
+            parameter="chat_template",
+        )
     try:
-        return environment.from_string(template)
-    except (TemplateError, RecursionError) as error:
+        return make_environment().from_string(template)
+    except (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError) as error:
         raise InvalidRequestError(
             f"the chat template is not valid: {error}", parameter="chat_template"
         ) from error
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _bounded_range(deadline: float, *bounds: int) -> Iterator[int]:
-    numbers = range(*bounds)
-    if len(numbers) > _MAX_RANGE:
-        raise OverflowError(f"a range of {len(numbers)}")
-
-    def count() -> Iterator[int]:
-        # A loop that prints nothing never returns to the caller's clock, so it has its own.
-        for number in numbers:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"more than {_MAX_SECONDS} seconds")
-            yield number
-
-    return count()

@@ -20,6 +20,16 @@ from nbllm.model_files import find_file, has_file, read_json
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
+_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
 
 class Tokenizer:
     """A model's tokenizer and chat template.
@@ -30,8 +40,11 @@ class Tokenizer:
         chat_template: Jinja text, or a dict of named ones, or None.
 
     Attributes:
+        special_tokens: as given.
         eos_token_id, bos_token_id: or None.
+        all_special_ids: ids that `skip_special_tokens` leaves out.
         chat_template: the default template, or None.
+        chat_templates: all of them, by name.
     """
 
     def __init__(
@@ -43,11 +56,10 @@ class Tokenizer:
     ) -> None:
         self.backend = fast
         self.special_tokens = dict(special_tokens or {})
-        templates = chat_template if isinstance(chat_template, Mapping) else {}
-        self.chat_template: str | None = (
-            templates.get("default") if isinstance(chat_template, Mapping) else chat_template
-        )
-        self._tool_template = templates.get("tool_use")
+        if isinstance(chat_template, str):
+            chat_template = {"default": chat_template}
+        self.chat_templates = dict(chat_template or {})
+        self.chat_template = self.chat_templates.get("default")
         self.eos_token_id = self._special_id("eos_token")
         self.bos_token_id = self._special_id("bos_token")
         added = fast.get_added_tokens_decoder()
@@ -72,8 +84,8 @@ class Tokenizer:
         fast.no_truncation()
         fast.no_padding()
         special = _read_optional(folder, "special_tokens_map.json") | config
-        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-        texts = {name: _token_text(name, special[name]) for name in names if special.get(name)}
+        texts = {name: _token_text(name, special[name]) for name in _NAMES if special.get(name)}
+        _complete(fast, config, texts)
         return cls(fast, special_tokens=texts, chat_template=_read_template(folder, config))
 
     @property
@@ -82,8 +94,17 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text.
+
+        Raises:
+            InvalidRequestError: it is no text that UTF-8 can hold (half of a surrogate pair).
+        """
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequestError(
+                f"the tokenizer can't encode this text: {error}", parameter="prompts"
+            ) from error
         return ids
 
     def encode_batch(
@@ -120,15 +141,30 @@ class Tokenizer:
     ) -> str:
         """Render a conversation to the text that the model was trained on.
 
+        Args:
+            messages: dicts with "role" and "content".
+            chat_template: Jinja text, or the name of one of `chat_templates`.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open.
+            tools: JSON-schema descriptions of functions.
+            **variables: further variables of the template.
+
         Raises:
             InvalidRequestError: there is no template, or it fails on this conversation.
         """
-        template = chat_template or (self._tool_template if tools else None) or self.chat_template
-        if template is None:
+        templates = self.chat_templates
+        template: str | None
+        if chat_template is not None:
+            template = templates.get(chat_template, chat_template)
+        else:
+            template = (templates.get("tool_use") if tools else None) or self.chat_template
+        if not template:
             raise InvalidRequestError(
                 "this model has no chat template: pass chat_template=, or use generate()",
                 parameter="chat_template",
             )
+        if variables.pop("tokenize", False):
+            raise InvalidRequestError("tokenize must be False: encode() the text", parameter=None)
         return render_chat_template(
             template,
             messages,
@@ -161,6 +197,29 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, s
         except (KeyError, TypeError) as error:
             raise ModelLoadError(f"tokenizer_config.json: chat_template: {error!r}") from error
     return template if isinstance(template, str) else None
+
+
+def _complete(fast: FastTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Add what tokenizer_config.json knows of added tokens and tokenizer.json does not.
+
+    Tokens with a role (end of sequence, ...) are special even if tokenizer.json does not say so.
+    """
+    entries = config.get("added_tokens_decoder")
+    if isinstance(entries, Mapping):
+        known = fast.get_added_tokens_decoder()
+        ids = sorted(int(i) for i in entries if str(i).isdigit() and int(i) not in known)
+        for token_id in ids:
+            entry = entries[str(token_id)]
+            text = _token_text("added_tokens_decoder", entry)
+            if fast.token_to_id(text) is None and fast.get_vocab_size() == token_id:
+                flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+                given = entry if isinstance(entry, Mapping) else {}
+                options = {flag: bool(given[flag]) for flag in flags if flag in given}
+                fast.add_tokens([AddedToken(text, **options)])
+    special = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
+    missing = [t for t in named.values() if t not in special and fast.token_to_id(t) is not None]
+    if missing:
+        fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
 
 
 def _token_text(name: str, token: Any) -> str:
