@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from nbllm import ModelLoadError
+from nbllm import LLM, ModelLoadError
 from nbllm.hub import DEMO_FOLDER, resolve_model
 
+WEIGHTS = "model.safetensors"
 TOKEN = "hf_abcdefgh"
 Resolve = Callable[..., dict[str, str]]
 
@@ -192,26 +193,17 @@ def test_an_index_that_lists_what_the_hub_does_not_have_is_refused(
     assert "no weights that nbllm can read" in error and "pytorch_model.bin" in error
 
 
-LOAD = """
-import json, sys
-from nbllm import LLM, ModelLoadError
-try:
-    LLM(json.loads(sys.argv[1]), skip_tokenizer_init=True, device="cpu").close()
-    print("{}")
-except ModelLoadError as error:
-    print(json.dumps({"error": str(error)}))
-"""
-
-
-def test_a_truncated_file_on_the_hub_is_named(
-    hub: Any, run_client: Callable[..., Any], make_checkpoint: Callable[..., Any]
+def test_a_model_loads_from_the_cache_and_a_truncated_file_of_it_is_named(
+    hub: Any, resolve: Resolve, make_checkpoint: Callable[..., Any]
 ) -> None:
     folder, _ = make_checkpoint("Llama")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    files["model.safetensors"] = files["model.safetensors"][:-1000]
-    hub.add("me/truncated", files)
-    error = run_client(LOAD, "me/truncated")["error"]
-    assert "model.safetensors" in error
+    hub.add("me/good", files)
+    with LLM(resolve("me/good")["folder"], skip_tokenizer_init=True, device="cpu") as llm:
+        assert llm.model_config.architecture == "LlamaForCausalLM"
+    hub.add("me/truncated", files | {WEIGHTS: files[WEIGHTS][:-1000]})
+    with pytest.raises(ModelLoadError, match="model.safetensors"):
+        LLM(resolve("me/truncated")["folder"], skip_tokenizer_init=True, device="cpu")
 
 
 def test_a_local_folder_the_demo_and_a_wrong_path_need_no_hub(tmp_path: Path) -> None:
