@@ -202,7 +202,7 @@ def test_a_model_loads_from_the_cache_and_a_truncated_file_of_it_is_named(
     with LLM(resolve("me/good")["folder"], skip_tokenizer_init=True, device="cpu") as llm:
         assert llm.model_config.architecture == "LlamaForCausalLM"
     hub.add("me/truncated", files | {WEIGHTS: files[WEIGHTS][:-1000]})
-    with pytest.raises(ModelLoadError, match="model.safetensors"):
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
         LLM(resolve("me/truncated")["folder"], skip_tokenizer_init=True, device="cpu")
 
 
