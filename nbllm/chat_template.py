@@ -13,7 +13,16 @@ _MAX_CHARS = 10_000_000
 _MAX_TEMPLATE_CHARS = 1_000_000
 _MAX_SECONDS = 1.5
 _END_MARK = "NBLLM_CONTINUES_HERE "  # the space tells whether the template trims
-_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "chat_template", "tokenize"])
+_RESERVED = frozenset(
+    [
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tokenize",
+    ]
+)
 
 
 def render_chat_template(

@@ -306,7 +306,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            **(chat_template_kwargs or {}),
+            chat_template_kwargs=chat_template_kwargs,
         )
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, False)}
 

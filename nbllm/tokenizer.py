@@ -137,6 +137,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> str:
         """Render a conversation to the text that the model was trained on.
@@ -147,7 +148,8 @@ class Tokenizer:
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open.
             tools: JSON-schema descriptions of functions.
-            **variables: further variables of the template.
+            chat_template_kwargs: further variables of the template, from a user.
+            **variables: the same.
 
         Raises:
             InvalidRequestError: there is no template, or it fails on this conversation.
@@ -171,7 +173,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            variables=self.special_tokens | variables,
+            variables=self.special_tokens | variables | dict(chat_template_kwargs or {}),
         )
 
     def _special_id(self, name: str) -> int | None:

@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+gc.freeze()  # every test ends with a collection, which need not walk torch
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
