@@ -60,7 +60,9 @@ def check_float32(make_checkpoint: MakeCheckpoint, count: int) -> None:
 
 def check_bfloat16(make_checkpoint: MakeCheckpoint, count: int) -> None:
     folder, model = make_checkpoint("Qwen3", **CONFIG)
-    exact = copy.deepcopy(model).to(torch.bfloat16).float()  # the rounded weights, computed exactly
+    exact = copy.deepcopy(model)  # the rounded weights, computed exactly
+    for parameter in exact.parameters():  # not the buffers: the rotary frequencies stay float32
+        parameter.data = parameter.data.bfloat16().float()
     prompts = random_prompts(count)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
     options: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu", "dtype": "bfloat16"}

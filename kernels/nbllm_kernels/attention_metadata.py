@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class AttentionMetadata:
         num_decode_seqs: the first so many sequences have exactly one new token.
         batch_invariant: compute each row by the same operations in the same order whatever else
             is in the batch.
+        scratch: what the layers of one step share on the CPU: buffers, masks, indices.
         prompt_lens: [num_seqs] int64, for models whose rotary embedding depends on the length of
             the text; None otherwise, or if no sequence computes tokens of its prompt.
     """
@@ -36,3 +39,4 @@ class AttentionMetadata:
     num_decode_seqs: int
     batch_invariant: bool = False
     prompt_lens: Tensor | None = None
+    scratch: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)

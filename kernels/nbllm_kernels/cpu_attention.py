@@ -1,11 +1,18 @@
 """Paged attention on the CPU, out of PyTorch's own operators.
 
-Decode rows go together: pages are gathered per (page, head), which lands keys and values as
-[sequence * head, context, head_dim], ready for two batched matrix products in which the query
-heads of a group are the rows. Prompt chunks go one sequence at a time.
+Decode rows go together. Their pages are gathered per (page, head), which lands keys and values as
+[sequence, head, context, head_dim]; then the query heads of a group are the rows of one
+`scaled_dot_product_attention`, which keeps the scores in float32. (With `enable_gqa` and one row
+per head it is several times slower.) Indices, masks and buffers are made once per step and shared
+by its layers: fresh buffers cost more in page faults than the copies do. Prompt chunks go one
+sequence at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +49,7 @@ def paged_attention(
                 value_cache,
                 metadata.block_tables[:num_decodes],
                 metadata.seq_lens[:num_decodes],
+                metadata.scratch,
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
@@ -49,13 +57,13 @@ def paged_attention(
         )
     loc = metadata.query_start_loc.tolist()
     for i, seq_len in enumerate(metadata.seq_lens.tolist()[num_decodes:], start=num_decodes):
-        k = _gather(key_cache, metadata.block_tables[i : i + 1], seq_len)
-        v = _gather(value_cache, metadata.block_tables[i : i + 1], seq_len)
+        k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
+        v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
         outputs.append(
             _attend_chunk(
                 query[loc[i] : loc[i + 1]],
-                k[0, :, :seq_len],
-                v[0, :, :seq_len],
+                k,
+                v,
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
@@ -64,14 +72,74 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _gather(cache: Tensor, block_tables: Tensor, max_seq_len: int) -> Tensor:
-    """[num_seqs, num_kv_heads, num_pages * block_size, head_dim] of one side of the cache."""
+def _gather(cache: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Copy the (page, head) pairs of `index` ([N] int64) to `out` ([N, block_size, head_dim])."""
+    size = cache.shape[2] * cache.shape[3]
+    torch.index_select(cache.view(-1, size), 0, index, out=out.view(-1, size))
+    return out
+
+
+def _gather_sequence(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
+    """[num_kv_heads, seq_len, head_dim] of one side of the cache; block_table is [1, num_pages]."""
     _, num_kv_heads, block_size, head_dim = cache.shape
-    num_pages = -(-max_seq_len // block_size)
+    index = _page_head_index(block_table, -(-seq_len // block_size), num_kv_heads)
+    out = cache.new_empty(len(index), block_size, head_dim)
+    return _gather(cache, index, out).view(num_kv_heads, -1, head_dim)[:, :seq_len]
+
+
+def _page_head_index(block_tables: Tensor, num_pages: int, num_kv_heads: int) -> Tensor:
+    """[num_seqs * num_kv_heads * num_pages]: where to gather from, in this order."""
     pages = block_tables[:, None, :num_pages].long() * num_kv_heads
-    index = pages + torch.arange(num_kv_heads)[None, :, None]
-    gathered = cache.flatten(0, 1).index_select(0, index.flatten())
-    return gathered.view(len(block_tables), num_kv_heads, num_pages * block_size, head_dim)
+    return (pages + torch.arange(num_kv_heads)[None, :, None]).flatten()
+
+
+@dataclass(slots=True)
+class _DecodePlan:
+    """What depends on the batch alone, not on the layer.
+
+    Attributes:
+        index: of `_gather`.
+        keys, values: [num_seqs * num_kv_heads * num_pages, block_size, head_dim] buffers.
+        positions: [1, num_pages * block_size].
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+def _decode_plan(
+    scratch: dict[Hashable, Any], cache: Tensor, block_tables: Tensor, seq_lens: Tensor
+) -> _DecodePlan:
+    key = ("plan", cache.shape, cache.dtype)
+    if key not in scratch:
+        _, num_kv_heads, block_size, head_dim = cache.shape
+        num_pages = -(-int(seq_lens.max()) // block_size)
+        index = _page_head_index(block_tables, num_pages, num_kv_heads)
+        buffers = cache.new_empty(2, len(index), block_size, head_dim)
+        positions = torch.arange(num_pages * block_size)[None]
+        scratch[key] = _DecodePlan(index, buffers[0], buffers[1], positions)
+    plan: _DecodePlan = scratch[key]
+    return plan
+
+
+def _decode_mask(
+    scratch: dict[Hashable, Any],
+    positions: Tensor,
+    seq_lens: Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[num_seqs, 1, 1, context]: 0 where a key is seen, else minus infinity."""
+    key = ("mask", positions.shape, window, dtype)
+    if key not in scratch:
+        hidden = positions >= seq_lens[:, None]
+        if window is not None:
+            hidden |= positions < seq_lens[:, None] - window
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        scratch[key] = mask[:, None, None]
+    return cast(Tensor, scratch[key])
 
 
 def _attend_decodes(
@@ -80,6 +148,7 @@ def _attend_decodes(
     value_cache: Tensor,
     block_tables: Tensor,
     seq_lens: Tensor,
+    scratch: dict[Hashable, Any],
     *,
     scale: float,
     sliding_window: int | None,
@@ -88,20 +157,19 @@ def _attend_decodes(
     """One query per sequence: [num_seqs, num_heads, head_dim]."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[1]
-    max_seq_len = int(seq_lens.max())
-    k = _gather(key_cache, block_tables, max_seq_len).flatten(0, 1)
-    v = _gather(value_cache, block_tables, max_seq_len).flatten(0, 1)
-    q = query.reshape(num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = torch.bmm(q, k.transpose(1, 2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(k.shape[1])[None, :]
-    hidden = position >= seq_lens[:, None]
-    if sliding_window is not None:
-        hidden |= position < seq_lens[:, None] - sliding_window
-    scores = scores.view(num_seqs, -1, k.shape[1]).masked_fill_(hidden[:, None], -torch.inf)
-    probability = torch.softmax(scores, dim=-1).view(*q.shape[:2], -1).to(v.dtype)
-    return torch.bmm(probability, v).view(num_seqs, num_heads, head_dim)
+    plan = _decode_plan(scratch, key_cache, block_tables, seq_lens)
+    shape = (num_seqs, num_kv_heads, -1, head_dim)
+    k = _gather(key_cache, plan.index, plan.keys).view(shape)
+    v = _gather(value_cache, plan.index, plan.values).view(shape)
+    q = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = _decode_mask(scratch, plan.positions, seq_lens, sliding_window, query.dtype)
+    if softcap is None:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+        scores = softcap * torch.tanh(scores / softcap) + mask.float()
+        attended = torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
+    return attended.reshape(num_seqs, num_heads, head_dim)
 
 
 def _attend_chunk(
@@ -135,7 +203,7 @@ def _attend_chunk(
     if mask is None:
         mask = visible_keys(query_len, seq_len, None, device=query.device)
     k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
-    scores = torch.bmm(query.transpose(0, 1), k.transpose(1, 2)).float() * scale
+    scores = torch.bmm(query.transpose(0, 1).float(), k.transpose(1, 2).float()) * scale
     scores = softcap * torch.tanh(scores / softcap)
     probability = torch.softmax(scores.masked_fill_(~mask, -torch.inf), dim=-1).to(v.dtype)
     return torch.bmm(probability, v).transpose(0, 1)
@@ -164,6 +232,7 @@ def _row_by_row(
                 value_cache,
                 metadata.block_tables[i : i + 1],
                 torch.tensor([seq_len - query_len + j + 1]),
+                {},
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
