@@ -210,6 +210,7 @@ def check_outputs(
 def token_counts(output: RequestOutput) -> dict[str, int]:
     """What a progress bar counts."""
     return {
+        "failed": int(output.error is not None),
         "prompt_tokens": len(output.prompt_token_ids),
         "tokens": sum(len(completion.token_ids) for completion in output.outputs),
     }

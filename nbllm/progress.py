@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def progress_bar(
         return _Tqdm(enabled(total=total, desc=label, unit=unit), unit)
     if _in_notebook():
         return _Notebook(total, label, unit)
-    if sys.stderr is not None and sys.stderr.isatty():
+    if _is_terminal():
         from tqdm import tqdm
 
         return _Tqdm(tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True), unit)
@@ -78,11 +79,18 @@ class _Counter:
     def _describe(self) -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
         of_total = f"/{self._total:,}" if self._total is not None else ""
-        parts = [f"{self._done:,}{of_total} {self._unit}s", f"{self._done / elapsed:,.1f}/s"]
+        plural = "" if (self._total or self._done) == 1 else "s"
+        parts = [
+            f"{self._done:,}{of_total} {self._unit}{plural}",
+            f"{self._done / elapsed:,.1f}/s",
+        ]
         tokens = self._stats.get("tokens")
         if tokens:
             parts.append(f"{tokens / elapsed:,.0f} tokens/s")
-        if self._total and 0 < self._done < self._total:
+        failed = self._stats.get("failed")
+        if failed:
+            parts.append(f"{failed:,} failed")
+        if not self._is_closed and self._total and 0 < self._done < self._total:
             parts.append(f"{_duration(elapsed / self._done * (self._total - self._done))} left")
         else:
             parts.append(f"{_duration(elapsed)}")
@@ -121,7 +129,7 @@ class _Notebook(_Counter):
         text = self._describe()
         share = min(self._done / self._total, 1.0) if self._total else 0.0
         bar = f'<progress value="{share:.3f}" max="1" style="width:16em"></progress> '
-        return {"text/plain": text, "text/html": f"{bar}<code>{text}</code>"}
+        return {"text/plain": text, "text/html": f"{bar}<code>{html.escape(text)}</code>"}
 
 
 class _Log(_Counter):
@@ -135,9 +143,9 @@ class _Log(_Counter):
             self._show()
 
     def close(self) -> None:
-        if not self._is_closed and time.monotonic() - self._start >= _LOG_INTERVAL_S:
+        was_closed, self._is_closed = self._is_closed, True
+        if not was_closed and time.monotonic() - self._start >= _LOG_INTERVAL_S:
             self._show()  # a short call leaves no trace in a log
-        self._is_closed = True
 
     def _show(self) -> None:
         if sys.stderr is not None:
@@ -162,6 +170,13 @@ class _Tqdm:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
 
 
 def _in_notebook() -> bool:
