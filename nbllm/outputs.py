@@ -128,7 +128,16 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class BeamSearchSequence:
-    """One beam: prompt and continuation together, as vLLM reports it."""
+    """One beam: prompt and continuation together, as vLLM reports it.
+
+    Attributes:
+        tokens: ids of the prompt and the continuation.
+        cum_logprob: sum of the log-probabilities of the continuation's tokens.
+        logprobs: one dict per generated token.
+        text: of all tokens; None without a tokenizer.
+        finish_reason: "stop" or "length".
+        stop_reason: the end-of-sequence id, if it ended with one.
+    """
 
     tokens: list[int]
     cum_logprob: float
