@@ -101,7 +101,7 @@ def _parse(prompt: Any) -> EncodedPrompt | str:
         prompt = prompt.get("prompt")
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, Sequence):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         return EncodedPrompt(None, _token_ids(prompt))
     raise InvalidRequestError(
         "a prompt must be a str, a list of token ids, {'prompt': str} or "

@@ -136,7 +136,8 @@ def _instrument(tree: nodes.Template) -> None:
     _wrap_children(tree, wrapped)
     for concat in tree.find_all(nodes.Concat):
         concat.nodes = [_filter(node, "string") for node in concat.nodes]
-    tree.set_environment(tree.environment)  # type: ignore[arg-type]
+    if tree.environment is not None:
+        tree.set_environment(tree.environment)
 
 
 def _wrap_children(node: nodes.Node, wrapped: set[int]) -> None:
