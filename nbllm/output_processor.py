@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from nbllm.engine.request import FinishReason, Request
 from nbllm.inputs import EncodedPrompt
@@ -49,7 +49,7 @@ class OutputProcessor:
         self._prompt = prompt
         self._params = params
         self._tokenizer = tokenizer
-        self._output_kind = output_kind
+        self._is_delta = output_kind == RequestOutputKind.DELTA
         self._continuations = [
             _Continuation(request, index, params, tokenizer, output_kind)
             for index, request in enumerate(requests)
@@ -68,7 +68,7 @@ class OutputProcessor:
         return continuation.is_finished
 
     def report(self) -> RequestOutput:
-        """What is known now; in DELTA mode each call consumes what it reports."""
+        """What is known now; in DELTA mode only what is new, of continuations with news."""
         first = self.requests[0]
         errors = [request.error for request in self.requests if request.error is not None]
         error = errors[0] if errors else None
@@ -81,7 +81,7 @@ class OutputProcessor:
             request_id=first.request_id.split("-")[0],
             prompt=self._prompt.text,
             prompt_token_ids=self._prompt.token_ids,
-            outputs=[continuation.report() for continuation in self._continuations],
+            outputs=[c.report() for c in self._continuations if c.has_news or not self._is_delta],
             finished=self.is_finished,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
@@ -102,6 +102,7 @@ class _Continuation:
         output_kind: RequestOutputKind,
     ) -> None:
         self.is_finished = False
+        self.has_news = False  # since the last report
         self._request = request
         self._index = index
         self._params = params
@@ -129,6 +130,7 @@ class _Continuation:
                 token_id = request.token_ids[request.num_prompt_tokens + index]
                 self._cumulative_logprob += request.logprobs[index][token_id].logprob
         self._num_read = num_output_tokens
+        self.has_news = True
         if self._detokenizer is not None and not self.is_finished:
             visible = end - 1 if finished and self._ends_with_hidden_token() else end
             self._new_text.append(self._detokenizer.push(request.token_ids[begin:visible]))
@@ -143,6 +145,7 @@ class _Continuation:
             text = "".join(self._new_text) if self._is_delta else self._detokenizer.text
         first = self._num_reported if self._is_delta else 0
         self._num_reported = self._num_read
+        self.has_news = False
         self._new_text.clear()
         start = request.num_prompt_tokens
         logprobs: list[PositionLogprobs] | None = None
@@ -201,3 +204,16 @@ def _decode_logprobs(entry: PositionLogprobs | None, tokenizer: Tokenizer | None
     for token_id, logprob in entry.items():
         if logprob.decoded_token is None:
             logprob.decoded_token = tokenizer.token_text(token_id)
+
+
+def make_stop_checker(
+    tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams
+) -> Callable[[list[int]], str | None]:
+    """What a `Request` feeds its sampled ids to: it returns the stop string that they complete."""
+    detokenizer = make_detokenizer(tokenizer, prompt_token_ids, params)
+
+    def check(token_ids: list[int]) -> str | None:
+        detokenizer.push(token_ids)
+        return detokenizer.stop_reason
+
+    return check

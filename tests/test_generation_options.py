@@ -321,6 +321,20 @@ def test_streams_add_up_to_what_generate_returns(text_llm: LLM) -> None:
         assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
 
 
+def test_deltas_of_several_continuations_say_whose_they_are(text_llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=2, max_tokens=12, min_tokens=3, logit_bias={EOS: 5.0})
+    whole = text_llm.generate("The", params)[0].outputs
+    texts, ends = ["", "", ""], [0, 0, 0]
+    for item in text_llm.stream("The", params.clone(output_kind=RequestOutputKind.DELTA)):
+        for completion in item.outputs:
+            assert completion.token_ids or completion.finish_reason
+            texts[completion.index] += completion.text
+            ends[completion.index] += completion.finish_reason is not None
+    assert texts == [completion.text for completion in whole]
+    assert ends == [1, 1, 1]
+    assert len({len(completion.token_ids) for completion in whole}) > 1
+
+
 def test_only_the_final_item_is_streamed_on_request(text_llm: LLM) -> None:
     params = SamplingParams(
         temperature=0, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY

@@ -14,6 +14,7 @@ from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends, forbidden_ids
+from nbllm_kernels import SamplingTensors, sample
 
 VOCAB_SIZE = 12
 NUM_ROWS = 3000
@@ -166,6 +167,60 @@ def test_samples_have_the_exact_distribution(name: str) -> None:
     params = SamplingParams(**OPTIONS.get(name.removesuffix(" and bad_words"), {}))
     counts = sample_counts(params, bad_words_token_ids=bad_words)
     assert_distributed(counts, exact_probabilities(params, bad_words))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.6},
+        {"top_p": 0.97},
+        {"top_k": 40, "temperature": 2.0},
+        {"top_k": 500, "top_p": 0.8},
+        {"min_p": 0.001},
+        {"min_p": 0.05, "top_p": 0.9, "top_k": 300},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spread", [0.5, 3.0], ids=["flat", "steep"])
+def test_a_large_vocabulary_is_filtered_exactly(options: dict[str, Any], spread: float) -> None:
+    # The fast path looks at the 256 most likely ids; these filters keep fewer and more than that.
+    vocab_size, num_rows = 700, 3000
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(0)) * spread
+    params = SamplingParams(**options)
+    column = torch.ones(num_rows)
+    tensors = SamplingTensors(
+        temperature=column * params.temperature,
+        top_k=(column * params.top_k).int(),
+        top_p=column * params.top_p,
+        min_p=column * params.min_p,
+        seeds=torch.arange(num_rows),
+        positions=torch.arange(num_rows) * 0 + 3,
+        all_greedy=False,
+        any_filter=True,
+    )
+    tokens = sample(logits.repeat(num_rows, 1), tensors).numpy()
+
+    x = logits.double().numpy() / params.temperature
+    p = np.exp(x - x.max())
+    p[p < params.min_p] = 0
+    order = np.argsort(-p, kind="stable")
+    p[order[params.top_k or vocab_size :]] = 0
+    before = np.concatenate([[0], np.cumsum(p[order] / p.sum())[:-1]])
+    p[order[before >= params.top_p]] = 0
+    p /= p.sum()
+    counts = np.bincount(tokens, minlength=vocab_size)
+    assert not counts[p == 0].any()
+    # Ids in order of probability, in groups that are expected about thirty times.
+    groups = np.minimum(np.cumsum(p[order]), 1 - 1e-9) * (num_rows // 30)
+    observed = np.bincount(groups.astype(int), counts[order])
+    expected = np.bincount(groups.astype(int), p[order] * num_rows)
+    kept = expected > 5
+    assert (
+        stats.chisquare(
+            observed[kept], expected[kept] * observed[kept].sum() / expected[kept].sum()
+        ).pvalue
+        > 1e-3
+    )
 
 
 def test_positions_are_as_independent_as_seeds() -> None:
