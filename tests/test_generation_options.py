@@ -17,6 +17,7 @@ from scipy import stats
 
 from nbllm import (
     LLM,
+    BeamSearchParams,
     InvalidRequestError,
     RepetitionDetectionParams,
     RequestFailedError,
@@ -436,3 +437,52 @@ def test_a_parameter_that_was_spoilt_after_its_check_is_refused(text_llm: LLM) -
 def test_what_is_not_supported_says_so(text_llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="thinking_token_budget"):
         text_llm.generate("The", SamplingParams(thinking_token_budget=5))
+
+
+# -- chat and beams -------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_a_chat_is_the_rendered_text(text_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3)
+    messages = [{"role": "user", "content": "The fox"}]
+    (output,) = text_llm.chat(messages, params, chat_template=TEMPLATE)
+    tokenizer = text_llm.get_tokenizer()
+    assert output.prompt == "<|im_start|>user\nThe fox<|im_end|>"
+    assert output.prompt_token_ids == tokenizer.encode(output.prompt, add_special_tokens=False)
+    assert tokenizer.backend.token_to_id("<|im_end|>") == output.prompt_token_ids[-1]
+
+
+def test_a_template_that_runs_wild_fails_alone(text_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3)
+    template = "{% if messages[0].content == 'bad' %}{{ 'a' * 10**9 }}{% endif %}ok"
+    bad, good = ([{"role": "user", "content": text}] for text in ("bad", "good"))
+    with pytest.raises(InvalidRequestError, match="chat template fails"):
+        text_llm.chat(bad, params, chat_template=template)
+    with pytest.warns(UserWarning, match="1 of 2 prompts failed"):
+        failed, fine = text_llm.chat([bad, good], params, use_tqdm=False, chat_template=template)
+    assert isinstance(failed.error, InvalidRequestError)
+    assert fine.prompt == "ok" and len(fine.outputs[0].token_ids) == 3
+
+
+def test_template_variables_are_not_arguments(text_llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    for name in ("chat_template", "tokenize", "messages", "add_generation_prompt"):
+        with pytest.raises(InvalidRequestError, match=name):
+            text_llm.chat(messages, chat_template="x", chat_template_kwargs={name: True})
+    rendered = text_llm.encode_chat(
+        messages, chat_template="{{ mood }}{{ bos_token }}", chat_template_kwargs={"mood": "calm"}
+    )
+    assert rendered["prompt"] == "calm<unk>"
+
+
+def test_the_text_of_a_beam_is_prompt_and_continuation(text_llm: LLM) -> None:
+    (output,) = text_llm.beam_search("The quick", BeamSearchParams(beam_width=3, max_tokens=4))
+    assert len(output.sequences) == 3
+    decode = text_llm.get_tokenizer().decode
+    for beam in output.sequences:
+        assert beam.text is not None and beam.text.startswith("The quick")
+        assert beam.text == decode(beam.tokens)
+    scores = [beam.cum_logprob / len(beam.tokens) for beam in output.sequences]
+    assert scores == sorted(scores, reverse=True)
