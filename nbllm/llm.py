@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from nbllm.generation_call import (
 from nbllm.hub import resolve_model
 from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
 from nbllm.notebook_cell import NotebookCell, current_cell
-from nbllm.output_processor import make_detokenizer
+from nbllm.output_processor import make_stop_checker
 from nbllm.outputs import BeamSearchOutput, RequestOutput
 from nbllm.progress import progress_bar
 from nbllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -48,6 +49,7 @@ class LLM:
         skip_tokenizer_init: work with token ids only.
         trust_remote_code: must be False; code from a model's folder is never run.
         revision: branch, tag or commit on the hub.
+        tokenizer_revision: the same for `tokenizer`.
         hf_token: access token for the hub.
         download_dir: cache folder for downloads.
         load_format: "auto", "safetensors", "pt", or "dummy" (random weights from the
@@ -77,6 +79,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        tokenizer_revision: str | None = None,
         hf_token: str | bool | None = None,
         download_dir: str | Path | None = None,
         load_format: str = "auto",
@@ -91,19 +94,17 @@ class LLM:
                 "nbllm never runs code from a model's folder: leave trust_remote_code out",
                 parameter="trust_remote_code",
             )
-        source: dict[str, Any] = {
-            "revision": revision,
-            "token": hf_token,
-            "cache_dir": download_dir,
-        }
-        folder = resolve_model(model, load_format=load_format, **source)
+        source: dict[str, Any] = {"token": hf_token, "cache_dir": download_dir}
+        folder = resolve_model(model, revision=revision, load_format=load_format, **source)
         self._cell = current_cell()
         _close_earlier_run(self._cell)
         self._tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
             tokenizer_folder = folder
             if tokenizer is not None:
-                tokenizer_folder = resolve_model(tokenizer, load_format="tokenizer", **source)
+                tokenizer_folder = resolve_model(
+                    tokenizer, revision=tokenizer_revision, load_format="tokenizer", **source
+                )
             self._tokenizer = Tokenizer.from_folder(tokenizer_folder)
         loaded = load_engine(folder, config, load_format=load_format)
         self._start(loaded, "nbllm-demo" if model is None else str(model), chat_template)
@@ -120,8 +121,10 @@ class LLM:
         self._factory = RequestFactory(
             self.config,
             self.model_config,
-            tokenize=_tokenize_function(tokenizer),
-            make_stop_checker=_stop_checker_factory(tokenizer),
+            tokenize=None
+            if tokenizer is None
+            else partial(tokenizer.encode, add_special_tokens=False),
+            make_stop_checker=None if tokenizer is None else partial(make_stop_checker, tokenizer),
             draw_seed=_seed_source(self.config.seed),
         )
         _live.add(self)
@@ -314,8 +317,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The `beam_width` most probable continuations of each prompt, best first."""
-        rows = [prompts] if is_single_prompt(prompts) else cast("Sequence[Prompt]", prompts)
-        return [beam_search(self, prompt, params) for prompt in rows]  # type: ignore[arg-type]
+        rows = [prompts] if is_single_prompt(prompts) else list(prompts)
+        return [beam_search(self, cast("Prompt", prompt), params) for prompt in rows]
 
     # -- state --------------------------------------------------------------------------------
 
@@ -407,28 +410,6 @@ def last_created_llm() -> LLM | None:
         if llm._thread.error is None:
             return llm
     return None
-
-
-def _tokenize_function(tokenizer: Tokenizer | None) -> Any:
-    if tokenizer is None:
-        return None
-    return lambda text: tokenizer.encode(text, False)
-
-
-def _stop_checker_factory(tokenizer: Tokenizer | None) -> Any:
-    if tokenizer is None:
-        return None
-
-    def make(prompt_token_ids: list[int], params: SamplingParams) -> Any:
-        detokenizer = make_detokenizer(tokenizer, prompt_token_ids, params)
-
-        def check(token_ids: list[int]) -> str | None:
-            detokenizer.push(token_ids)
-            return detokenizer.stop_reason
-
-        return check
-
-    return make
 
 
 def _seed_source(seed: int) -> Any:

@@ -112,6 +112,8 @@ def allocate_kv_caches(
     Raises:
         OutOfMemoryError: the memory went to somebody else in the meantime.
     """
+    assert config.num_gpu_blocks_override is not None
+    assert config.block_size is not None
     shape = (
         2,
         config.num_gpu_blocks_override,
@@ -120,7 +122,7 @@ def allocate_kv_caches(
         model.head_dim,
     )
     try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]  # type: ignore[arg-type]
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
     except RuntimeError as error:  # torch.OutOfMemoryError, and what the CPU allocator raises
         raise OutOfMemoryError(
             f"The KV cache of {config.num_gpu_blocks_override} pages did not fit on {device}; "

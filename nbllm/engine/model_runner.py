@@ -3,11 +3,13 @@ cache."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.batch import Batch, StepInput
@@ -17,6 +19,7 @@ from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends
 from nbllm.engine.scheduler import SchedulerOutput
 from nbllm.errors import RequestFailedError
+from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
 
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
@@ -43,7 +46,7 @@ class ModelRunner:
     """Runs steps on one device.
 
     Args:
-        model: a model of `nbllm.models`, weights loaded.
+        model: weights loaded.
         model_config: its shape.
         config: the resolved configuration.
         device: where the model is.
@@ -52,7 +55,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         model_config: ModelConfig,
         config: EngineConfig,
         *,
@@ -93,11 +96,16 @@ class ModelRunner:
         self.kv_caches.clear()  # in place: a frame of a traceback may hold the list
         for module in list(self.model.modules()):
             vars(module).clear()  # a traceback may keep a layer alive, but not its weights
-        self.model = nn.Module()
+        del self.model
         del self.batch
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif sys.platform == "linux":
+            # glibc keeps what was freed below something that is still in use; ask it not to.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
 
     @torch.inference_mode()
     def zero_blocks(self, blocks: list[int]) -> None:
@@ -108,7 +116,7 @@ class ModelRunner:
                 kv_cache[:, index] = 0
 
     def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> None:
-        logits = self.model.compute_logits(hidden[step.logits_indices])  # type: ignore[operator]
+        logits = self.model.compute_logits(hidden[step.logits_indices])
         is_bad = ~torch.isfinite(logits.amax(dim=-1))
         raw = self._rows_for_logprobs(logits, step)
         token_ids = self.sampler(logits, step, self.batch)
@@ -160,7 +168,7 @@ class ModelRunner:
                 last = min(first + _PROMPT_LOGPROBS_ROWS, stop)
                 rows = hidden[begin + first - start : begin + last - start]
                 targets = torch.tensor(request.token_ids[first + 1 : last + 1], device=self.device)
-                logits = self.model.compute_logits(rows)  # type: ignore[operator]
+                logits = self.model.compute_logits(rows)
                 entries += gather_logprobs(logits, targets, [num_wanted] * (last - first))
             result.prompt_logprobs[request] = entries
 
