@@ -5,13 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from nbllm_kernels import reference
+from nbllm_kernels.dispatch import runs_triton
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for x = [..., gate | up]; returns [..., half]."""
+    if runs_triton(x):
+        from nbllm_kernels.gpu import activation as gpu
+
+        return gpu.silu_and_mul(x)
     return reference.silu_and_mul(x)
 
 
 def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate) * up for x = [..., gate | up]; `approximate` is "none" or "tanh"."""
+    if runs_triton(x):
+        from nbllm_kernels.gpu import activation as gpu
+
+        return gpu.gelu_and_mul(x, approximate)
     return reference.gelu_and_mul(x, approximate)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbllm_kernels.dispatch import runs_triton
+
 _TILE_ROWS = 16  # rows per matrix product in batch-invariant mode
 
 
@@ -67,6 +69,10 @@ def linear(
     """
     if not batch_invariant:
         return _multiply(x, weight, bias)
+    if runs_triton(x) and isinstance(weight, Tensor):
+        from nbllm_kernels.gpu import matmul as gpu
+
+        return gpu.matmul_batch_invariant(x, weight, bias)
     num_rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -num_rows % _TILE_ROWS))
     tiles = [_multiply(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nbllm_kernels import cpu_attention
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.dispatch import runs_triton
 
 
 def paged_attention(
@@ -31,6 +32,18 @@ def paged_attention(
     Returns:
         [num_tokens, num_heads, head_dim], in the query's dtype.
     """
+    if runs_triton(query):
+        from nbllm_kernels.gpu import paged_attention as gpu
+
+        return gpu.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            metadata,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
     return cpu_attention.paged_attention(
         query,
         key_cache,

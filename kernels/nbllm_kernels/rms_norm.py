@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nbllm_kernels import reference
+from nbllm_kernels.dispatch import runs_triton
 
 
 def rms_norm(
@@ -27,4 +28,8 @@ def rms_norm(
     Returns:
         the normalized tensor; with a residual, also the sum x + residual.
     """
+    if runs_triton(x):
+        from nbllm_kernels.gpu import rms_norm as gpu
+
+        return gpu.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
     return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nbllm_kernels import reference
+from nbllm_kernels.dispatch import runs_triton
 
 
 def rotary(
@@ -22,4 +23,8 @@ def rotary(
     Returns:
         rotated query and key, new tensors.
     """
+    if runs_triton(query):
+        from nbllm_kernels.gpu import rotary as gpu
+
+        return gpu.rotary(query, key, cos_sin_cache, positions)
     return reference.rotary(query, key, cos_sin_cache, positions)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nbllm_kernels import reference
+from nbllm_kernels.dispatch import runs_triton
 from nbllm_kernels.gumbel import gumbel_noise, hash_ids_, noise_keys, noise_of_hash
 from nbllm_kernels.sampling_tensors import SamplingTensors
 
@@ -38,6 +39,10 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     """
     if logits.ndim != 2 or logits.dtype != torch.float32:
         raise ValueError(f"logits must be [N, vocab_size] float32: {logits.shape}, {logits.dtype}")
+    if runs_triton(logits):
+        from nbllm_kernels.gpu import sampling as gpu
+
+        return gpu.sample(logits, params)
     if params.all_greedy:
         return logits.argmax(dim=-1)
     if not params.any_filter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nbllm_kernels import reference
+from nbllm_kernels.dispatch import runs_triton
 
 
 def store_kv(
@@ -17,4 +18,9 @@ def store_kv(
         key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
         slot_mapping: [num_tokens] int64, block_id * block_size + offset; negative is skipped.
     """
+    if runs_triton(key):
+        from nbllm_kernels.gpu import store_kv as gpu
+
+        gpu.store_kv(key, value, key_cache, value_cache, slot_mapping)
+        return
     reference.store_kv(key, value, key_cache, value_cache, slot_mapping)

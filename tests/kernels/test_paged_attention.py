@@ -1,0 +1,202 @@
+"""paged_attention on Triton against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nbllm_kernels import AttentionMetadata, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DECODES = [(1, 1), (1, 37), (1, 16), (1, 100)]
+CHUNKS = [(5, 5), (17, 40), (2, 33), (33, 33)]
+PagedBatch = Callable[..., tuple[Tensor, Tensor, Tensor, AttentionMetadata]]
+
+
+def check(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    **options: Any,
+) -> Tensor:
+    """Run the kernel, compare with float64, return its output."""
+    from nbllm_kernels.gpu.paged_attention import paged_attention
+
+    options = {"scale": query.shape[-1] ** -0.5} | options
+    output = paged_attention(query, key_cache, value_cache, metadata, **options)
+    expected = reference.paged_attention(
+        query.double(),
+        key_cache.double(),
+        value_cache.double(),
+        metadata,
+        **options,
+    )
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    return output
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lens", [DECODES, CHUNKS, DECODES + CHUNKS], ids=["1", "n", "mixed"])
+def test_decodes_and_chunks(
+    paged_batch: PagedBatch, dtype: torch.dtype, lens: list[tuple[int, int]]
+) -> None:
+    check(*paged_batch(lens, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_head_dim(paged_batch: PagedBatch, head_dim: int, dtype: torch.dtype) -> None:
+    check(*paged_batch([(1, 70), (19, 21)], head_dim=head_dim, num_kv_heads=1, dtype=dtype))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (6, 2), (4, 4), (20, 1)])
+def test_every_group(paged_batch: PagedBatch, num_heads: int, num_kv_heads: int) -> None:
+    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "dtype": torch.bfloat16}
+    check(*paged_batch([(1, 30), (25, 40)], **options))
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 24, 32, 64, 128])
+def test_every_page_size(paged_batch: PagedBatch, page_size: int) -> None:
+    check(*paged_batch([(1, 130), (9, 70)], page_size=page_size, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 50, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sliding_windows(paged_batch: PagedBatch, window: int, dtype: torch.dtype) -> None:
+    check(*paged_batch([(1, 90), (1, 3), (40, 60)], dtype=dtype), sliding_window=window)
+
+
+def test_pages_before_the_window_may_hold_anything(
+    paged_batch: PagedBatch,
+) -> None:
+    query, keys, values, metadata = paged_batch([(1, 90), (20, 60)])
+    for seq, first_visible in ((0, 80), (1, 31)):
+        gone = metadata.block_tables[seq, : first_visible // 16].long()
+        keys[gone], values[gone] = torch.nan, torch.nan
+    from nbllm_kernels.gpu.paged_attention import paged_attention
+
+    output = paged_attention(query, keys, values, metadata, scale=0.1, sliding_window=10)
+    assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap(paged_batch: PagedBatch, dtype: torch.dtype) -> None:
+    batch = paged_batch([(1, 40), (20, 33)], dtype=dtype)
+    check(*batch, softcap=2.0, scale=0.5)
+    check(*batch, softcap=2.0, scale=0.5, sliding_window=7)
+
+
+def test_query_may_be_a_view(paged_batch: PagedBatch, random_tensor: Callable[..., Tensor]) -> None:
+    query, *rest = paged_batch(DECODES + CHUNKS)
+    fused = torch.cat([query, random_tensor(*query.shape)], dim=-1)
+    check(fused[..., : query.shape[-1]], *rest)
+
+
+@pytest.mark.parametrize(("num_splits", "length"), [(2, 40), (5, 300), (20, 100)])
+def test_splits_are_merged(
+    paged_batch: PagedBatch, monkeypatch: pytest.MonkeyPatch, num_splits: int, length: int
+) -> None:
+    from nbllm_kernels.gpu import paged_attention as gpu
+
+    monkeypatch.setattr(gpu, "choose_num_splits", lambda *_: num_splits)
+    for options in ({}, {"sliding_window": 33}):
+        check(*paged_batch([(1, length), (1, 1), (1, 17), (3, 5)], head_dim=80), **options)
+
+
+def test_splits_fill_the_device_and_no_more() -> None:
+    from nbllm_kernels.gpu.paged_attention import choose_num_splits
+
+    assert choose_num_splits(8, 8, 132) == 8  # no more than tiles
+    assert choose_num_splits(8, 1000, 132) == 33
+    assert choose_num_splits(132, 1000, 132) == 1
+    assert choose_num_splits(1, 10_000, 132) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_batch_invariant_rows_are_the_same_alone_and_in_any_chunk(
+    paged_batch: PagedBatch, dtype: torch.dtype, window: int | None
+) -> None:
+    query, keys, values, metadata = paged_batch(
+        [(1, 77), (1, 5), (50, 83), (9, 9)], dtype=dtype, batch_invariant=True
+    )
+    options = {"sliding_window": window}
+    whole = check(query, keys, values, metadata, **options)
+    start = 2  # the third sequence: 50 tokens behind 33
+    for first, last in ((0, 1), (1, 18), (18, 50)):
+        part = AttentionMetadata(
+            query_start_loc=torch.tensor([0, last - first], dtype=torch.int32).to(query.device),
+            seq_lens=torch.tensor([33 + last], dtype=torch.int32).to(query.device),
+            block_tables=metadata.block_tables[2:3],
+            slot_mapping=metadata.slot_mapping[start + first : start + last],
+            max_query_len=last - first,
+            max_seq_len=83,
+            num_decode_seqs=int(last - first == 1),
+            batch_invariant=True,
+        )
+        alone = check(query[start + first : start + last], keys, values, part, **options)
+        assert torch.equal(alone, whole[start + first : start + last])
+
+
+@given(
+    decodes=st.lists(st.integers(1, 90), max_size=3),
+    chunks=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 60)), max_size=3),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (5, 5)]),
+    head_dim=st.sampled_from([16, 24, 64]),
+    page_size=st.sampled_from([8, 16, 64]),
+    window=st.none() | st.integers(1, 100),
+    batch_invariant=st.booleans(),
+)
+def test_any_shape(
+    paged_batch: PagedBatch,
+    decodes: list[int],
+    chunks: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    page_size: int,
+    window: int | None,
+    batch_invariant: bool,
+) -> None:
+    lens = [(1, n) for n in decodes] + [(new, new + old) for new, old in chunks]
+    if not lens:
+        lens = [(1, 1)]
+    batch = paged_batch(
+        lens,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        page_size=page_size,
+        batch_invariant=batch_invariant,
+    )
+    check(*batch, sliding_window=window)
+
+
+def test_wrong_arguments_are_refused(paged_batch: PagedBatch) -> None:
+    from nbllm_kernels.gpu.paged_attention import paged_attention
+
+    query, keys, values, metadata = paged_batch([(1, 20), (3, 9)])
+
+    def refuse(match: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            paged_attention(*args, **({"scale": 1.0} | options))
+
+    refuse("key_cache must be", query.half(), keys, values, metadata)
+    refuse("does not fit the cache", query[..., :32].contiguous(), keys, values, metadata)
+    refuse("stride 1", query.transpose(1, 2), keys, values, metadata)
+    refuse("value_cache", query, keys, values.transpose(1, 2), metadata)
+    refuse("sliding_window is 0", query, keys, values, metadata, sliding_window=0)
+    refuse("softcap", query, keys, values, metadata, softcap=-1.0)
+    refuse("pages", query, keys, values, replace(metadata, max_seq_len=999))
+    longs = replace(metadata, seq_lens=metadata.seq_lens.long())
+    refuse("seq_lens must be", query, keys, values, longs)

@@ -1,0 +1,193 @@
+"""sample on Triton: the same tokens as the reference, which sorts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nbllm_kernels import SamplingTensors, gumbel_noise, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+
+def make_params(
+    device: torch.device,
+    temperature: list[float],
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> SamplingTensors:
+    size = len(temperature)
+    return SamplingTensors(
+        temperature=torch.tensor(temperature, device=device),
+        top_k=torch.full((size,), top_k, dtype=torch.int32, device=device),
+        top_p=torch.full((size,), top_p, device=device),
+        min_p=torch.full((size,), min_p, device=device),
+        seeds=(torch.arange(size, device=device) - 1) * 0x1234_5678_9ABC + seed,
+        positions=torch.arange(size, device=device) * 3 + 1,
+        all_greedy=not any(temperature),
+        any_filter=top_k > 0 or top_p < 1.0 or min_p > 0.0,
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 8193, 10_000, 151_936])
+def test_greedy_takes_the_lowest_of_the_best_ids(
+    random_tensor: Callable[..., Tensor], device: torch.device, vocab_size: int
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(4, vocab_size)
+    logits[1, vocab_size // 2 :] = 9.0  # ties
+    logits[2] = -torch.inf
+    logits[3] -= 100.0  # below anything that padding could be
+    tokens = sample(logits.clone(), make_params(device, [0.0] * 4))
+    expected = [int(row.argmax()) for row in logits.cpu()]
+    assert tokens.tolist() == [expected[0], vocab_size // 2, 0, expected[3]]
+
+
+@pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
+def test_noise_is_that_of_the_hash(device: torch.device, vocab_size: int) -> None:
+    """Flat logits: the token is the argmax of the noise alone."""
+    from nbllm_kernels.gpu.sampling import sample
+
+    num_rows = 16 if vocab_size < 10_000 else 2
+    params = make_params(device, [1.0] * num_rows, seed=-5)
+    tokens = sample(torch.zeros(num_rows, vocab_size, device=device), params)
+    noise = gumbel_noise(params.seeds.cpu(), params.positions.cpu(), vocab_size)
+    best = noise.amax(dim=-1)
+    chosen = noise.gather(-1, tokens.cpu()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, best, rtol=1e-5, atol=1e-5)
+    assert (tokens.cpu() == noise.argmax(dim=-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("vocab_size", [100, 10_000])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (50, 0.9, 0.02), (1, 1.0, 0.0), (0, 0.0, 0.0)],
+)
+def test_filtered_tokens_equal_those_of_the_reference(
+    random_tensor: Callable[..., Tensor],
+    device: torch.device,
+    vocab_size: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(6, vocab_size) * 3
+    logits[4, ::3] = -torch.inf  # forbidden ids
+    temperature = [0.7, 1.0, 0.0, 1.3, 1.0, 0.01]
+    params = make_params(device, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.equal(sample(logits.clone(), params), reference.sample(logits, params))
+
+
+def test_ties_at_the_edge_of_top_p_go_to_the_lowest_ids(device: torch.device) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = torch.zeros(12, 40, device=device)
+    logits[:, 20] = 1.0
+    # 2.718 of 41.718; a half of that takes 19 (18.14 rounded up) of the 39 equal ids.
+    params = make_params(device, [1.0] * 12, top_p=0.5)
+    tokens = set(sample(logits.clone(), params).tolist())
+    assert tokens <= {*range(19), 20}
+    assert torch.equal(sample(logits.clone(), params), reference.sample(logits, params))
+
+
+def test_ties_at_the_edge_of_top_k_all_stay(device: torch.device) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = torch.zeros(24, 12, device=device)
+    logits[:, 3] = 0.5
+    logits[:, [5, 7, 9]] = 0.25
+    params = make_params(device, [1.0] * 24, top_k=2)
+    tokens = sample(logits.clone(), params)
+    assert set(tokens.tolist()) == {3, 5, 7, 9}
+    assert torch.equal(tokens, reference.sample(logits, params))
+
+
+def test_degenerate_rows_give_an_id_of_the_vocabulary(device: torch.device) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = torch.zeros(4, 9000, device=device)
+    logits[0] = torch.nan
+    logits[1] = -torch.inf
+    logits[2] = torch.inf
+    logits[3, 5:] = torch.nan
+    for options in ({}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}):
+        tokens = sample(logits.clone(), make_params(device, [1.0] * 4, **options))
+        assert bool(((tokens >= 0) & (tokens < 9000)).all())
+    assert int(sample(logits, make_params(device, [1.0] * 4))[3]) < 5
+
+
+@given(
+    vocab_size=st.integers(1, 300),
+    top_k=st.integers(0, 320),
+    top_p=st.floats(0.015625, 1.0, width=32),
+    min_p=st.sampled_from([0.0, 0.001, 0.2, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_filters_equal_the_reference(
+    random_tensor: Callable[..., Tensor],
+    device: torch.device,
+    vocab_size: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(3, vocab_size, seed=seed).mul(4).round() / 2  # many ties
+    params = make_params(device, [1.0, 0.5, 2.0], top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    tokens = sample(logits.clone(), params)
+    scaled = logits / params.temperature[:, None]
+    # Where sums are rounded differently, an edge of top_p may move by one id.
+    allowed = torch.zeros_like(logits, dtype=torch.bool)
+    for shift in (-1e-5, 0.0, 1e-5):
+        moved = (params.top_p + shift).clamp(max=1.0)
+        kept = reference.filter_logits(scaled, params.top_k, moved, params.min_p)
+        noise = gumbel_noise(params.seeds, params.positions, vocab_size)
+        allowed.scatter_(-1, (kept + noise).argmax(dim=-1, keepdim=True), True)
+    assert bool(allowed.gather(-1, tokens[:, None]).all())
+
+
+def test_a_row_does_not_depend_on_the_others(
+    random_tensor: Callable[..., Tensor], device: torch.device
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(3, 3000) * 2
+    params = make_params(device, [1.0] * 3, top_p=0.9)
+    together = sample(logits.clone(), params)
+    for i in range(3):
+        one = SamplingTensors(
+            **{
+                name: getattr(params, name)[i : i + 1]
+                for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+            },
+            all_greedy=False,
+            any_filter=True,
+        )
+        assert int(sample(logits[i : i + 1].clone(), one)) == int(together[i])
+
+
+def test_wrong_arguments_are_refused(
+    random_tensor: Callable[..., Tensor], device: torch.device
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    params = make_params(device, [1.0, 1.0])
+    with pytest.raises(ValueError, match="logits must be float32"):
+        sample(random_tensor(2, 50, dtype=torch.float16), params)
+    with pytest.raises(ValueError, match="seeds must be"):
+        sample(random_tensor(3, 50), params)
+    with pytest.raises(ValueError, match="stride 1"):
+        sample(random_tensor(50, 2).T, params)
