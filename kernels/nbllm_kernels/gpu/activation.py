@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,16 +13,16 @@ _BLOCK = 1024
 
 
 @triton.jit
-def tanh(x: Any) -> Any:
+def tanh(x: tl.tensor) -> tl.tensor:
     """Hyperbolic tangent to an absolute error of 1e-7, without overflow."""
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
 def _act_and_mul_kernel(
-    x_ptr: Any,  # [num_rows, 2 * size]
-    out_ptr: Any,  # [num_rows, size], contiguous
-    stride_x_row: Any,
+    x_ptr: tl.tensor,  # [num_rows, 2 * size]
+    out_ptr: tl.tensor,  # [num_rows, size], contiguous
+    stride_x_row: tl.tensor,
     SIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,

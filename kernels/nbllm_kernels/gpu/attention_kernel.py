@@ -13,8 +13,6 @@ arXiv:2307.08691; pages, Kwon et al. 2023, arXiv:2309.06180; split keys, "Flash-
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -23,8 +21,12 @@ from nbllm_kernels.gpu.activation import tanh
 
 @triton.jit
 def _find_sequence(
-    query_start_loc_ptr: Any, block: Any, first_seq: Any, num_seqs: Any, BLOCK_Q: tl.constexpr
-) -> Any:
+    query_start_loc_ptr: tl.tensor,
+    block: tl.tensor,
+    first_seq: tl.tensor,
+    num_seqs: tl.tensor,
+    BLOCK_Q: tl.constexpr,
+) -> tl.tensor:
     """The sequence that serves a block of queries: the last one that starts at or before it.
 
     Sequence i begins at block (tokens before it) // BLOCK_Q + (sequences before it), which leaves
@@ -44,24 +46,24 @@ def _find_sequence(
 
 @triton.jit(do_not_specialize=["first_seq", "num_seqs", "stride_table", "window", "num_splits"])
 def paged_attention_kernel(
-    q_ptr: Any,  # [num_tokens, num_heads, head_dim]
-    k_ptr: Any,  # [num_blocks, num_kv_heads, page_size, head_dim]
-    v_ptr: Any,
-    out_ptr: Any,  # [num_tokens, num_heads, head_dim], contiguous
-    partial_ptr: Any,  # [num_tokens, num_heads, num_splits, head_dim] float32, if HAS_SPLITS
-    max_ptr: Any,  # [num_tokens, num_heads, num_splits] float32
-    sum_ptr: Any,
-    query_start_loc_ptr: Any,  # [num_seqs + 1] int32
-    seq_lens_ptr: Any,  # [num_seqs] int32
-    block_tables_ptr: Any,  # [num_seqs, max_blocks] int32
-    first_seq: Any,  # sequences before it have one new token each
-    num_seqs: Any,
-    stride_q_token: Any,
-    stride_table: Any,
-    scale: Any,  # of q k^T: times log2(e), or divided by the softcap
-    scale_out: Any,  # softcap * log2(e)
-    window: Any,
-    num_splits: Any,
+    q_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim]
+    k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
+    v_ptr: tl.tensor,
+    out_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim], contiguous
+    partial_ptr: tl.tensor,  # [num_tokens, num_heads, num_splits, head_dim] float32, if HAS_SPLITS
+    max_ptr: tl.tensor,  # [num_tokens, num_heads, num_splits] float32
+    sum_ptr: tl.tensor,
+    query_start_loc_ptr: tl.tensor,  # [num_seqs + 1] int32
+    seq_lens_ptr: tl.tensor,  # [num_seqs] int32
+    block_tables_ptr: tl.tensor,  # [num_seqs, max_blocks] int32
+    first_seq: tl.tensor,  # sequences before it have one new token each
+    num_seqs: tl.tensor,
+    stride_q_token: tl.tensor,
+    stride_table: tl.tensor,
+    scale: tl.tensor,  # of q k^T: times log2(e), or divided by the softcap
+    scale_out: tl.tensor,  # softcap * log2(e)
+    window: tl.tensor,
+    num_splits: tl.tensor,
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -177,11 +179,11 @@ def paged_attention_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_splits_kernel(
-    partial_ptr: Any,  # [num_rows, num_splits, head_dim] float32, not normalized
-    max_ptr: Any,  # [num_rows, num_splits] float32
-    sum_ptr: Any,
-    out_ptr: Any,  # [num_rows, head_dim]
-    num_splits: Any,
+    partial_ptr: tl.tensor,  # [num_rows, num_splits, head_dim] float32, not normalized
+    max_ptr: tl.tensor,  # [num_rows, num_splits] float32
+    sum_ptr: tl.tensor,
+    out_ptr: tl.tensor,  # [num_rows, head_dim]
+    num_splits: tl.tensor,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,7 +16,7 @@ _LARGEST_W = tl.constexpr(gumbel.LARGEST_W)
 
 
 @triton.jit
-def _mix(x: Any) -> Any:
+def _mix(x: tl.tensor) -> tl.tensor:
     x ^= x >> 16
     x *= tl.full(x.shape, _MIX_1, tl.uint32)
     x ^= x >> 15
@@ -28,7 +26,7 @@ def _mix(x: Any) -> Any:
 
 
 @triton.jit
-def noise_keys(seed: Any, position: Any) -> Any:
+def noise_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
     """Two uint32 keys of each row; seed and position are blocks of int64."""
     salt = tl.full(position.shape, _SALT_POSITION, tl.int64)
     position_key = _mix((position + salt).to(tl.uint32))
@@ -39,7 +37,7 @@ def noise_keys(seed: Any, position: Any) -> Any:
 
 
 @triton.jit
-def gumbel_noise(ids: Any, key_0: Any, key_1: Any) -> Any:
+def gumbel_noise(ids: tl.tensor, key_0: tl.tensor, key_1: tl.tensor) -> tl.tensor:
     """float32 noise of a block of ids (int32)."""
     hashed = _mix(_mix(ids.to(tl.uint32) + key_0) ^ key_1)
     w = (hashed >> 1).to(tl.int32).to(tl.float32)
@@ -48,7 +46,7 @@ def gumbel_noise(ids: Any, key_0: Any, key_1: Any) -> Any:
 
 
 @triton.jit
-def _log1p_minus(w: Any) -> Any:
+def _log1p_minus(w: tl.tensor) -> tl.tensor:
     """log(1 - w) for 0 < w < 1, to a relative error of about 3e-7.
 
     The hardware's logarithm has an absolute error only near one, so that there the series of

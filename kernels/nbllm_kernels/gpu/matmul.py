@@ -7,8 +7,6 @@ batch. A row's products do not depend on its place in the tile.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +17,13 @@ from nbllm_kernels.gpu.validation import describe, require, require_float, requi
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _matmul_kernel(
-    x_ptr: Any,  # [num_rows, in_features]
-    weight_ptr: Any,  # [out_features, in_features]
-    bias_ptr: Any,  # [out_features]
-    out_ptr: Any,  # [num_rows, out_features]
-    num_rows: Any,
-    stride_x_row: Any,
-    stride_weight_row: Any,
+    x_ptr: tl.tensor,  # [num_rows, in_features]
+    weight_ptr: tl.tensor,  # [out_features, in_features]
+    bias_ptr: tl.tensor,  # [out_features]
+    out_ptr: tl.tensor,  # [num_rows, out_features]
+    num_rows: tl.tensor,
+    stride_x_row: tl.tensor,
+    stride_weight_row: tl.tensor,
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,

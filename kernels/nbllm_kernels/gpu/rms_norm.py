@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,16 +15,16 @@ _MAX_HIDDEN = 32_768
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr: Any,  # [num_outer, num_inner, hidden_size]
-    residual_ptr: Any,  # like x
-    weight_ptr: Any,  # [hidden_size]
-    out_ptr: Any,  # contiguous
-    sum_ptr: Any,  # contiguous, x + residual
-    num_rows: Any,
-    stride_x_outer: Any,
-    stride_residual_outer: Any,
-    eps: Any,
-    weight_offset: Any,
+    x_ptr: tl.tensor,  # [num_outer, num_inner, hidden_size]
+    residual_ptr: tl.tensor,  # like x
+    weight_ptr: tl.tensor,  # [hidden_size]
+    out_ptr: tl.tensor,  # contiguous
+    sum_ptr: tl.tensor,  # contiguous, x + residual
+    num_rows: tl.tensor,
+    stride_x_outer: tl.tensor,
+    stride_residual_outer: tl.tensor,
+    eps: tl.tensor,
+    weight_offset: tl.tensor,
     NUM_INNER: tl.constexpr,
     STRIDE_X_INNER: tl.constexpr,
     STRIDE_RESIDUAL_INNER: tl.constexpr,

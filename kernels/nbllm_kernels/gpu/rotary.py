@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,11 +18,11 @@ from nbllm_kernels.gpu.validation import (
 
 @triton.jit
 def _rotate_heads(
-    x_ptr: Any,  # heads of one token
-    out_ptr: Any,
-    first_head: Any,
-    cos: Any,  # [1, BLOCK_HALF] float32, rounded to the dtype
-    sin: Any,
+    x_ptr: tl.tensor,  # heads of one token
+    out_ptr: tl.tensor,
+    first_head: tl.tensor,
+    cos: tl.tensor,  # [1, BLOCK_HALF] float32, rounded to the dtype
+    sin: tl.tensor,
     NUM_HEADS: tl.constexpr,
     STRIDE_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -54,14 +52,14 @@ def _rotate_heads(
 
 @triton.jit
 def _rotary_kernel(
-    query_ptr: Any,  # [num_tokens, num_heads, head_dim]
-    key_ptr: Any,  # [num_tokens, num_kv_heads, head_dim]
-    query_out_ptr: Any,  # contiguous
-    key_out_ptr: Any,
-    cos_sin_ptr: Any,  # [num_rows, 2 * half] float32
-    positions_ptr: Any,  # [num_tokens] int64
-    stride_query_token: Any,
-    stride_key_token: Any,
+    query_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim]
+    key_ptr: tl.tensor,  # [num_tokens, num_kv_heads, head_dim]
+    query_out_ptr: tl.tensor,  # contiguous
+    key_out_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor,  # [num_rows, 2 * half] float32
+    positions_ptr: tl.tensor,  # [num_tokens] int64
+    stride_query_token: tl.tensor,
+    stride_key_token: tl.tensor,
     STRIDE_COS_SIN: tl.constexpr,
     STRIDE_QUERY_HEAD: tl.constexpr,
     STRIDE_KEY_HEAD: tl.constexpr,

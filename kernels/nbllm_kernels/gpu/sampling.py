@@ -9,8 +9,6 @@ lowest id everywhere. A row's token depends on that row alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,9 @@ _NO_LIMIT = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _scaled_logits(logits_ptr: Any, ids: Any, temperature: Any, VOCAB_SIZE: tl.constexpr) -> Any:
+def _scaled_logits(
+    logits_ptr: tl.tensor, ids: tl.tensor, temperature: tl.tensor, VOCAB_SIZE: tl.constexpr
+) -> tl.tensor:
     """logits / temperature (as they are where it is 0); NaN and what lies past the end: -inf."""
     x = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=float("-inf"))
     x = tl.where(x == x, x, float("-inf"))
@@ -38,7 +38,7 @@ def _scaled_logits(logits_ptr: Any, ids: Any, temperature: Any, VOCAB_SIZE: tl.c
 
 
 @triton.jit
-def _order_key(x: Any) -> Any:
+def _order_key(x: tl.tensor) -> tl.tensor:
     """An int32 for each float32 that orders like it."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -46,15 +46,15 @@ def _order_key(x: Any) -> Any:
 
 @triton.jit
 def _measure(
-    logits_ptr: Any,
-    temperature: Any,
-    highest: Any,
-    k0: Any,
-    k1: Any,
-    k2: Any,
+    logits_ptr: tl.tensor,
+    temperature: tl.tensor,
+    highest: tl.tensor,
+    k0: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """How many logits have a key of at least k0, k1, k2, and their sums of exp(x - highest)."""
     offsets = tl.arange(0, BLOCK)
     n0 = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -85,18 +85,18 @@ def _measure(
 
 @triton.jit
 def _search(
-    logits_ptr: Any,
-    temperature: Any,
-    highest: Any,
-    low: Any,
-    high: Any,
-    low_count: Any,
-    low_mass: Any,
-    min_count: Any,
-    min_mass: Any,
+    logits_ptr: tl.tensor,
+    temperature: tl.tensor,
+    highest: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    low_count: tl.tensor,
+    low_mass: tl.tensor,
+    min_count: tl.tensor,
+    min_mass: tl.tensor,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The largest key whose set {x: key(x) >= key} has min_count members and min_mass.
 
     The set of `low` has, that of `high` has not. Ends when the two sets differ by one logit, or by
@@ -133,15 +133,15 @@ def _search(
 
 @triton.jit
 def _threshold_kernel(
-    logits_ptr: Any,  # [N, VOCAB_SIZE] float32
-    temperature_ptr: Any,  # [N] float32
-    top_k_ptr: Any,  # [N] int32
-    top_p_ptr: Any,  # [N] float32
-    min_p_ptr: Any,  # [N] float32
-    sure_ptr: Any,  # [N] int32: logits with this order key and above stay
-    tied_ptr: Any,  # [N] int32: those between this and `sure` stay up to an id
-    limit_ptr: Any,  # [N] int32: that id
-    stride_row: Any,
+    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE] float32
+    temperature_ptr: tl.tensor,  # [N] float32
+    top_k_ptr: tl.tensor,  # [N] int32
+    top_p_ptr: tl.tensor,  # [N] float32
+    min_p_ptr: tl.tensor,  # [N] float32
+    sure_ptr: tl.tensor,  # [N] int32: logits with this order key and above stay
+    tied_ptr: tl.tensor,  # [N] int32: those between this and `sure` stay up to an id
+    limit_ptr: tl.tensor,  # [N] int32: that id
+    stride_row: tl.tensor,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -210,16 +210,16 @@ def _threshold_kernel(
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr: Any,  # [N, VOCAB_SIZE] float32
-    temperature_ptr: Any,  # [N] float32
-    seeds_ptr: Any,  # [N] int64
-    positions_ptr: Any,  # [N] int64
-    sure_ptr: Any,  # [N] int32, see _threshold_kernel
-    tied_ptr: Any,
-    limit_ptr: Any,
-    value_ptr: Any,  # [N, num_tiles] float32: the best of each tile
-    id_ptr: Any,  # [N, num_tiles] int32: its id
-    stride_row: Any,
+    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE] float32
+    temperature_ptr: tl.tensor,  # [N] float32
+    seeds_ptr: tl.tensor,  # [N] int64
+    positions_ptr: tl.tensor,  # [N] int64
+    sure_ptr: tl.tensor,  # [N] int32, see _threshold_kernel
+    tied_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
+    value_ptr: tl.tensor,  # [N, num_tiles] float32: the best of each tile
+    id_ptr: tl.tensor,  # [N, num_tiles] int32: its id
+    stride_row: tl.tensor,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
@@ -253,9 +253,9 @@ def _draw_kernel(
 
 @triton.jit
 def _combine_kernel(
-    value_ptr: Any,  # [N, num_tiles] float32
-    id_ptr: Any,  # [N, num_tiles] int32
-    token_ptr: Any,  # [N] int64
+    value_ptr: tl.tensor,  # [N, num_tiles] float32
+    id_ptr: tl.tensor,  # [N, num_tiles] int32
+    token_ptr: tl.tensor,  # [N] int64
     NUM_TILES: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ) -> None:

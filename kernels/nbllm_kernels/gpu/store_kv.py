@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +18,13 @@ from nbllm_kernels.gpu.validation import (
 
 @triton.jit
 def _store_kv_kernel(
-    key_ptr: Any,  # [num_tokens, num_kv_heads, head_dim]
-    value_ptr: Any,
-    key_cache_ptr: Any,  # [num_blocks, num_kv_heads, block_size, head_dim]
-    value_cache_ptr: Any,
-    slot_mapping_ptr: Any,  # [num_tokens] int64
-    stride_key_token: Any,
-    stride_value_token: Any,
+    key_ptr: tl.tensor,  # [num_tokens, num_kv_heads, head_dim]
+    value_ptr: tl.tensor,
+    key_cache_ptr: tl.tensor,  # [num_blocks, num_kv_heads, block_size, head_dim]
+    value_cache_ptr: tl.tensor,
+    slot_mapping_ptr: tl.tensor,  # [num_tokens] int64
+    stride_key_token: tl.tensor,
+    stride_value_token: tl.tensor,
     STRIDE_KEY_HEAD: tl.constexpr,
     STRIDE_VALUE_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
