@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nbllm.dataframe.registration import register_with_pandas
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -22,6 +24,7 @@ _EXPORTS = {
     "RepetitionDetectionParams": "nbllm.sampling_params",
     "RequestOutputKind": "nbllm.sampling_params",
     "StructuredOutputsParams": "nbllm.sampling_params",
+    "set_default_llm": "nbllm.default_llm",
     "TextPrompt": "nbllm.inputs",
     "TokensPrompt": "nbllm.inputs",
     "RequestOutput": "nbllm.outputs",
@@ -39,9 +42,15 @@ _EXPORTS = {
     "Interrupted": "nbllm.errors",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "last", *_EXPORTS]
+
+last: Any = None
+"""The frame that the last interrupted or failed DataFrame call had come to."""
+
+register_with_pandas()
 
 if TYPE_CHECKING:
+    from nbllm.default_llm import set_default_llm
     from nbllm.errors import (
         EngineClosedError,
         EngineDeadError,

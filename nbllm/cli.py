@@ -97,11 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with LLM(arguments.model, device=arguments.device) as llm:
         loaded = time.perf_counter()
-        prompts = frame["question"].tolist()
-        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=128))
+        params = SamplingParams(temperature=0, max_tokens=128)
+        # As it is, not as a chat: the bundled model then gives the shortest answer.
+        frame = frame.llm.generate("question", params, llm=llm, out="answer", chat=False)
         answered = time.perf_counter()
-        frame["answer"] = [output.outputs[0].text.strip() for output in outputs]
-        num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        num_tokens = int(llm.get_metrics()["generation_tokens"])
         device, name = llm.config.device, llm.model_name
     seconds = answered - loaded
     sys.stdout.write(
@@ -109,12 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
         f"{name} on {device}: loaded in {loaded - started:.1f} s; {len(frame)} rows and "
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s\n"
     )
-    return 1 if any(output.error is not None for output in outputs) else 0
+    return int(frame["answer_error"].notna().any())
+
+
+def _shorten(text: str) -> str:
+    return shorten(text, _WIDTH, placeholder=" ...")
 
 
 def _table(frame: pd.DataFrame) -> str:
     """The frame as text: long cells cut, columns set from the left."""
-    shown = frame.map(lambda text: shorten(text, _WIDTH, placeholder=" ..."))
+    shown = frame.astype(object).fillna("").map(_shorten)
+    shown = shown.loc[:, (shown != "").any()]  # no column of errors if there are none
     widths = {name: int(shown[name].str.len().max()) for name in shown.columns}
     formatters = {name: f"{{:<{width}}}".format for name, width in widths.items()}
     return shown.to_string(index=False, justify="left", formatters=formatters)

@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,8 @@ from nbllm.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
-_live: weakref.WeakSet[LLM] = weakref.WeakSet()
+_live: weakref.WeakValueDictionary[int, LLM] = weakref.WeakValueDictionary()
+_numbers = count()  # of the LLMs, in the order in which they were made
 
 
 class LLM:
@@ -127,7 +129,7 @@ class LLM:
             make_stop_checker=None if tokenizer is None else partial(make_stop_checker, tokenizer),
             draw_seed=_seed_source(self.config.seed),
         )
-        _live.add(self)
+        _live[next(_numbers)] = self
 
     # -- generating ---------------------------------------------------------------------------
 
@@ -399,14 +401,14 @@ class LLM:
 
 def _close_earlier_run(cell: NotebookCell | None) -> None:
     """A cell that is run again replaces its `LLM`: free the old one before sizing the new one."""
-    for llm in list(_live):
+    for llm in list(_live.values()):
         if cell is not None and llm._cell is not None and cell.is_rerun_of(llm._cell):
             llm.close()
 
 
 def last_created_llm() -> LLM | None:
-    """An `LLM` of this kernel that is still open, or None."""
-    for llm in _live:
+    """The `LLM` of this kernel that was made last and is still open, or None."""
+    for _, llm in sorted(_live.items(), reverse=True):
         if llm._thread.error is None:
             return llm
     return None

@@ -97,7 +97,7 @@ def layer(module: str) -> int:
         return 3
     if parts[0] in FACES:
         return 6
-    return 5 if parts[0] == "llm" else 4  # the pieces of llm
+    return 5 if parts[0] in ("llm", "default_llm") else 4  # the pieces of llm
 
 
 def test_imports_point_downwards() -> None:

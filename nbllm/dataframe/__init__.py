@@ -1,0 +1,1 @@
+"""`df.llm` and `series.llm`: the engine from pandas. See `accessor`."""
