@@ -42,7 +42,7 @@ _EXPORTS = {
     "Interrupted": "nbllm.errors",
 }
 
-__all__ = ["__version__", "last", *_EXPORTS]
+__all__ = ["__version__", *_EXPORTS]
 
 last: Any = None
 """The frame that the last interrupted or failed DataFrame call had come to."""
