@@ -40,7 +40,8 @@ def _act_and_mul_kernel(
         activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        activated = 0.5 * gate * (1.0 + tanh(inner))
+        # 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, which does not cancel for y < 0.
+        activated = gate / (1.0 + tl.exp(-2.0 * inner))
     # Rounded before the product, as two operators of PyTorch would.
     out = activated.to(dtype).to(tl.float32) * up
     tl.store(out_ptr + row * SIZE + column, out.to(dtype), mask=mask)

@@ -170,5 +170,6 @@ def rotary(
         BLOCK_HALF=block_half,
         BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
         num_warps=4,
+        enable_fp_fusion=False,  # a fused product would not be rounded
     )
     return query_out, key_out

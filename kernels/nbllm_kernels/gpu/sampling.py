@@ -173,11 +173,11 @@ def _threshold_kernel(
     peak = tl.zeros((1,), dtype=tl.float32) + highest
     high = tl.max(_order_key(peak), axis=0).to(tl.int64) + 1
     low = tl.minimum(low, high - 1)
-    count, _, _, mass, _, _ = _measure(
+    count, _n1, _n2, mass, _m1, _m2 = _measure(
         logits_ptr, temperature, highest, low, high, high, VOCAB_SIZE, BLOCK
     )
     if (top_k > 0) & (top_k < count):
-        low, _, _, count, mass, _ = _search(
+        low, _k_high, _k_tied, count, mass, _k_mass = _search(
             logits_ptr, temperature, highest, low, high, count, mass, top_k, 0.0, VOCAB_SIZE, BLOCK
         )
     sure = low
@@ -185,7 +185,7 @@ def _threshold_kernel(
     if top_p < 1.0:
         # At least one: the most likely alone has a mass of one.
         target = tl.maximum(top_p * mass, 1e-30)
-        low, sure, num_tied, _, mass, sure_mass = _search(
+        low, sure, num_tied, _count, mass, sure_mass = _search(
             logits_ptr, temperature, highest, low, high, count, mass, 1, target, VOCAB_SIZE, BLOCK
         )
         if num_tied > 1:
