@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nbllm.beam_search import beam_search
 from nbllm.config import EngineConfig, ModelConfig
@@ -31,6 +31,9 @@ from nbllm.outputs import BeamSearchOutput, RequestOutput
 from nbllm.progress import progress_bar
 from nbllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nbllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nbllm.server.serve import Server
 
 Message = Mapping[str, Any]
 
@@ -116,6 +119,7 @@ class LLM:
         self.model_config: ModelConfig = loaded.model_config
         self.model_name = name
         self.chat_template = chat_template
+        self._servers: list[Server] = []
         self._thread = EngineThread(loaded.engine)
         # Not a bound method: the finalizer must not keep `self` alive.
         self._finalizer = weakref.finalize(self, EngineThread.close, self._thread)
@@ -322,6 +326,17 @@ class LLM:
         rows = [prompts] if is_single_prompt(prompts) else list(prompts)
         return [beam_search(self, cast("Prompt", prompt), params) for prompt in rows]
 
+    def serve(self, **options: Any) -> Server:
+        """Serve OpenAI's API over this `LLM` from a thread; see `nbllm.server.serve.serve`.
+
+        The server stops with `Server.stop()` or with this `LLM`.
+        """
+        from nbllm.server.serve import serve
+
+        server = serve(self, **options)
+        self._servers.append(server)
+        return server
+
     # -- state --------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -350,6 +365,8 @@ class LLM:
 
     def close(self) -> None:
         """End all requests and give the memory back. Idempotent; also at the end of `with`."""
+        for server in self._servers:
+            server.stop()
         self._finalizer()
 
     def __enter__(self) -> LLM:
