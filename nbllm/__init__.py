@@ -25,6 +25,8 @@ _EXPORTS = {
     "RequestOutputKind": "nbllm.sampling_params",
     "StructuredOutputsParams": "nbllm.sampling_params",
     "set_default_llm": "nbllm.default_llm",
+    "SamplingControls": "nbllm.widgets.sampling_controls",
+    "allow_nested_asyncio": "nbllm.nested_asyncio",
     "TextPrompt": "nbllm.inputs",
     "TokensPrompt": "nbllm.inputs",
     "RequestOutput": "nbllm.outputs",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     )
     from nbllm.inputs import TextPrompt, TokensPrompt
     from nbllm.llm import LLM
+    from nbllm.nested_asyncio import allow_nested_asyncio
     from nbllm.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
     from nbllm.sampling_params import (
         BeamSearchParams,
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
         SamplingParams,
         StructuredOutputsParams,
     )
+    from nbllm.widgets.sampling_controls import SamplingControls
 
 
 def __getattr__(name: str) -> Any:

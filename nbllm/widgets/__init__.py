@@ -1,0 +1,1 @@
+"""Widgets for the notebook, one per file."""
