@@ -42,7 +42,10 @@ def measure(
     num_bytes: int,
     flop: int = 0,
 ) -> None:
-    """Check, time (median; the L2 cache is flushed before each run; launches from Python count), and print one row."""
+    """Check, time, and print one row.
+
+    The median; the L2 cache is flushed before each run; launches from Python count.
+    """
     if check is not None:
         torch.testing.assert_close(run(), check(), rtol=2e-2, atol=2e-2)
     ms = float(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median"))
