@@ -1,4 +1,7 @@
-"""LLM: a model in the notebook's kernel, with vLLM's interface."""
+"""LLM: a model in the notebook's kernel, with vLLM's interface.
+
+Longer than other files: a class has all that users call in one place, and most of it is docstrings.
+"""
 
 from __future__ import annotations
 

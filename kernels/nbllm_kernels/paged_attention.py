@@ -32,19 +32,12 @@ def paged_attention(
     Returns:
         [num_tokens, num_heads, head_dim], in the query's dtype.
     """
+    attend = cpu_attention.paged_attention
     if runs_triton(query):
         from nbllm_kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            metadata,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-        )
-    return cpu_attention.paged_attention(
+        attend = gpu.paged_attention
+    return attend(
         query,
         key_cache,
         value_cache,

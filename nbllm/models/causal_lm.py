@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from nbllm.models.layers import LanguageModelHead
 from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import AttentionMetadata
 
@@ -18,6 +20,8 @@ class CausalLM(nn.Module):
     Its life: built on the meta device, `to_empty`, `load_weights`, `prepare`, then `forward` and
     `compute_logits` once per step. It holds no state of requests.
     """
+
+    lm_head: LanguageModelHead
 
     def prepare(self, device: torch.device) -> None:
         """Compute tables that no checkpoint holds, once the weights are there; most need none."""
@@ -38,9 +42,9 @@ class CausalLM(nn.Module):
             metadata: where the tokens stand.
         """
 
-    @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[N, vocab_size] float32 logits of hidden states [N, hidden_size]."""
+        return cast(Tensor, self.lm_head(hidden))
 
     @abstractmethod
     def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:

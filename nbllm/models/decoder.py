@@ -232,13 +232,7 @@ class Decoder(CausalLM):
         kv_caches: list[Tensor],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """Hidden states, [num_tokens, hidden_size], of the new tokens.
-
-        Args:
-            input_ids, positions: [num_tokens] int64.
-            kv_caches: per layer [2, num_blocks, num_kv_heads, block_size, head_dim]; written.
-            metadata: where the tokens stand.
-        """
+        """See `CausalLM.forward`."""
         hidden = self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:
             # Rounded to the dtype first, as transformers does.
@@ -250,10 +244,6 @@ class Decoder(CausalLM):
             hidden, residual = layer(hidden, residual, rope, kv_cache, metadata)
         assert residual is not None
         return self.norm.add(hidden, residual)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[N, vocab_size] float32 logits of hidden states [N, hidden_size]."""
-        return cast(Tensor, self.lm_head(hidden))
 
     def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
         """Copy a checkpoint's tensors in, fusing q, k, v and gate, up on the way.

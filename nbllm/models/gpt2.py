@@ -93,10 +93,6 @@ class GPT2(CausalLM):
             x = layer(x, kv_cache, metadata)
         return cast(Tensor, self.ln_f(x))
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """See `CausalLM.compute_logits`."""
-        return cast(Tensor, self.lm_head(hidden))
-
     def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
         """See `CausalLM.load_weights`; names with and without `transformer.` are known."""
         load_parameters(

@@ -110,10 +110,6 @@ class OPT(CausalLM):
             x = self.project_out(x)
         return cast(Tensor, x)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """See `CausalLM.compute_logits`."""
-        return cast(Tensor, self.lm_head(hidden))
-
     def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
         """See `CausalLM.load_weights`; names with and without `model.` are known."""
         size = self.config.hidden_size

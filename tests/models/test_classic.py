@@ -30,7 +30,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2-scales", "GPT2", GPT2 | EAGER | {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2-no-scale", "GPT2", GPT2 | EAGER | {"scale_attn_weights": False}),
 ]
-PROMPT_LENS = (1, 5, 17, 33, 100, 64)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "device": "cpu"}
 
@@ -43,7 +42,7 @@ def random_prompts(lens: tuple[int, ...], seed: int = 1) -> list[list[int]]:
 @pytest.mark.parametrize(("name", "prefix", "config"), CASES, ids=[case[0] for case in CASES])
 def test_greedy_tokens_equal_those_of_transformers(
     make_checkpoint: Callable[..., Any],
-    generate_greedily: Callable[..., list[int]],
+    check_greedy_tokens: Callable[..., None],
     name: str,
     prefix: str,
     config: dict[str, Any],
@@ -51,17 +50,7 @@ def test_greedy_tokens_equal_those_of_transformers(
     if name == "opt-bare-norms" and transformers.__version__ < "5":
         pytest.skip("transformers 4 can't build it")
     folder, model = make_checkpoint(prefix, **config)
-    prompts = random_prompts(PROMPT_LENS)
-    references = [generate_greedily(model, prompt) for prompt in prompts]
-    with LLM(folder, max_num_batched_tokens=64, block_size=16, **OPTIONS) as llm:
-        llm._thread._engine.check_integrity = True
-        batched = llm.generate(prompts, GREEDY, use_tqdm=False)  # chunked, too: 64 a step
-        assert [o.outputs[0].token_ids for o in batched] == references
-        again = llm.generate(prompts, GREEDY, use_tqdm=False)
-        assert again[4].num_cached_tokens > 0
-        assert [o.outputs[0].token_ids for o in again] == references
-        alone = llm.generate(prompts[3], GREEDY)
-        assert alone[0].outputs[0].token_ids == references[3]
+    check_greedy_tokens(folder, model)
 
 
 @pytest.mark.parametrize(("prefix", "config"), [("OPT", OPT), ("GPT2", GPT2)])

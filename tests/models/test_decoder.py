@@ -53,37 +53,19 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("smollm3", "SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     ("olmo2", "Olmo2", {}),
 ]
-PROMPT_LENS = (1, 5, 17, 33, 100, 64)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 
 @pytest.mark.parametrize(("name", "prefix", "config"), CASES, ids=[case[0] for case in CASES])
 def test_greedy_tokens_equal_those_of_transformers(
     make_checkpoint: Callable[..., Any],
-    generate_greedily: Callable[..., list[int]],
+    check_greedy_tokens: Callable[..., None],
     name: str,
     prefix: str,
     config: dict[str, Any],
 ) -> None:
     folder, model = make_checkpoint(prefix, **config)
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, 512, (n,), generator=generator).tolist() for n in PROMPT_LENS]
-    references = [generate_greedily(model, prompt) for prompt in prompts]
-    options: dict[str, Any] = {
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "device": "cpu",
-        "block_size": 16,
-    }
-    with LLM(folder, max_num_batched_tokens=64, **options) as llm:
-        llm._thread._engine.check_integrity = True
-        batched = llm.generate(prompts, GREEDY, use_tqdm=False)  # chunked, too: 64 a step
-        assert [o.outputs[0].token_ids for o in batched] == references
-        again = llm.generate(prompts, GREEDY, use_tqdm=False)
-        assert again[4].num_cached_tokens > 0
-        assert [o.outputs[0].token_ids for o in again] == references
-        alone = llm.generate(prompts[3], GREEDY)
-        assert alone[0].outputs[0].token_ids == references[3]
+    check_greedy_tokens(folder, model)
 
 
 def test_preempted_sequences_come_to_the_same_tokens(

@@ -7,6 +7,9 @@ BLOCK_N of the *sequence*, whatever was scheduled: a row sees the same sums in t
 any batch and any chunk, since a tile that is invisible to a row leaves the row's state unchanged
 to the bit (it multiplies by one and adds zero).
 
+`paged_attention_kernel` is one long function: its pieces share a dozen values of the program, which
+a helper would take and return one by one.
+
 Sources: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 2023,
 arXiv:2307.08691; pages, Kwon et al. 2023, arXiv:2309.06180; split keys, "Flash-Decoding", 2023.
 """
