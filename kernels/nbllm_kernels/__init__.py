@@ -5,6 +5,7 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 """
 
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
+from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.paged_attention import paged_attention
@@ -15,9 +16,11 @@ from nbllm_kernels.store_kv import store_kv
 
 __all__ = [
     "AttentionMetadata",
+    "HeadNorm",
     "PackedWeight",
     "SamplingTensors",
     "Weight",
+    "attention_inputs",
     "gelu_and_mul",
     "gumbel_noise",
     "linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Union
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from nbllm_kernels.dispatch import runs_triton
 
 _TILE_ROWS = 16  # rows per matrix product in batch-invariant mode
+_FASTEST_ROWS = 4  # one packed product of four rows takes less time than one of one row
+_ROW_BLOCK_SIZES = (64, 48, 32, 16)  # of oneDNN's layouts for AVX-512 and AMX
 
 
 class PackedWeight:
@@ -18,6 +21,10 @@ class PackedWeight:
 
     `F.linear` makes this layout anew on every call; packed once, the same product runs about
     twice as fast for few rows.
+
+    Attributes:
+        has_rows: whether `rows` works here: the layout is oneDNN's own business, and was
+            recognized.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -27,11 +34,56 @@ class PackedWeight:
         with torch.no_grad():
             # 16 rows: the layout that serves decode batches; it is right for any number.
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TILE_ROWS)
+        self._blocks = _find_row_blocks(self._packed, weight)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias for x [num_rows, in_features]."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
-        return output
+    @property
+    def has_rows(self) -> bool:
+        return self._blocks is not None
+
+    def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias + residual for x [num_rows, in_features]."""
+        num_rows = x.shape[0]
+        padding = max(_FASTEST_ROWS - num_rows, 0)
+        if padding:
+            x = F.pad(x, (0, 0, 0, padding))
+            residual = F.pad(residual, (0, 0, 0, padding)) if residual is not None else None
+        product = torch.ops.mkldnn._linear_pointwise
+        output: Tensor
+        if residual is None:
+            output = product(x, self._packed, bias, "none", [], "")
+        else:
+            output = product.binary(x, residual, self._packed, bias, "add")
+        return output[:num_rows] if padding else output
+
+    def rows(self, index: Tensor) -> Tensor:
+        """weight[index] for index [N] int64: a table of embeddings that is a matrix, too."""
+        assert self._blocks is not None
+        block_size = self._blocks.shape[2]
+        picked = self._blocks[index // block_size, :, index % block_size]
+        return picked.flatten(1)
+
+
+def _find_row_blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
+    """The packed numbers as [row blocks, in_features / 2, rows of a block, 2], if that is how they
+    lie.
+
+    bfloat16 products take pairs of the inner dimension, for a register's worth of rows at a time.
+    The guess is checked against the weight: one row of each block.
+    """
+    num_rows, num_columns = weight.shape
+    operators = torch.ops.mkldnn
+    if num_columns % 2 or not hasattr(operators, "data_ptr") or not hasattr(operators, "_nbytes"):
+        return None
+    memory = (ctypes.c_char * operators._nbytes(packed)).from_address(operators.data_ptr(packed))
+    numbers = torch.frombuffer(memory, dtype=weight.dtype)
+    for block_size in _ROW_BLOCK_SIZES:
+        if numbers.numel() % (num_columns * block_size) or numbers.numel() < weight.numel():
+            continue
+        blocks = numbers.view(-1, num_columns // 2, block_size, 2)
+        rows = torch.arange(0, num_rows, block_size + 1)
+        if torch.equal(blocks[rows // block_size, :, rows % block_size].flatten(1), weight[rows]):
+            return blocks
+    return None
 
 
 Weight = Union[Tensor, PackedWeight]
@@ -53,33 +105,44 @@ def pack_weight(weight: Tensor) -> Weight:
 
 
 def linear(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """x W^T + b.
+    """x W^T + b, added to a residual if there is one.
 
     Args:
         x: [num_rows, in_features].
         weight: [out_features, in_features], plain or packed.
         bias: [out_features] or None.
+        residual: [num_rows, out_features] or None; may be overwritten.
         batch_invariant: a row's result does not depend on the other rows, bit for bit: rows go
             through products of one fixed shape.
 
     Returns:
         [num_rows, out_features].
     """
-    if not batch_invariant:
-        return _multiply(x, weight, bias)
-    if runs_triton(x) and isinstance(weight, Tensor):
+    if batch_invariant:
+        product = _multiply_batch_invariant(x, weight, bias)
+        return product if residual is None else residual.add_(product)
+    if isinstance(weight, PackedWeight):
+        return weight.multiply(x, bias, residual)
+    if residual is None:
+        return F.linear(x, weight, bias)
+    if bias is None and runs_triton(x):
+        return residual.addmm_(x, weight.t())
+    return residual.add_(F.linear(x, weight, bias))
+
+
+def _multiply_batch_invariant(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor) and runs_triton(x):
         from nbllm_kernels.gpu import matmul as gpu
 
         return gpu.matmul_batch_invariant(x, weight, bias)
     num_rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -num_rows % _TILE_ROWS))
-    tiles = [_multiply(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]
+    tiles = [linear(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]
     return torch.cat(tiles)[:num_rows]
-
-
-def _multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    if isinstance(weight, PackedWeight):
-        return weight.multiply(x, bias)
-    return F.linear(x, weight, bias)

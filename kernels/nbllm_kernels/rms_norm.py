@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor
 
-from nbllm_kernels import reference
+from nbllm_kernels import cpu_elementwise
 from nbllm_kernels.dispatch import runs_triton
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: None = None, weight_offset: float = 0.0
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
@@ -32,4 +46,7 @@ def rms_norm(
         from nbllm_kernels.gpu import rms_norm as gpu
 
         return gpu.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-    return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    if residual is None:
+        return cpu_elementwise.rms_norm(x, weight, eps, weight_offset)
+    total = x + residual
+    return cpu_elementwise.rms_norm(total, weight, eps, weight_offset), total

@@ -1,4 +1,8 @@
-"""transformers as the peer: the same weights, device and dtype, timed and used as the reference."""
+"""The engines that a run can be compared with, on the same weights, device and dtype.
+
+transformers is the reference for the tokens, too: it can be asked for its own choice at every
+place of a text. llama.cpp runs what this module's neighbour writes for it as GGUF.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,6 +19,94 @@ from nbllm.bench.workloads import Workload
 
 if TYPE_CHECKING:
     from nbllm.outputs import RequestOutput
+
+
+class Peer(Protocol):
+    """An engine with its model loaded."""
+
+    def generate(self, workload: Workload) -> list[list[int]]:
+        """Greedy continuations of all rows as one batch, each of its full length."""
+
+
+def load_peer(name: str, folder: Path, device: str, dtype: str) -> Peer:
+    """Load the model in `folder` into the named engine.
+
+    Raises:
+        ValueError: the engine can't run this model, device or dtype.
+        ImportError: the engine is not installed; says how to.
+    """
+    if name == "transformers":
+        return TransformersPeer(folder, device, dtype)
+    from nbllm.bench.llama_cpp_peer import LlamaCppPeer
+
+    return LlamaCppPeer(folder, device, dtype)
+
+
+def time_peer(peer: Peer, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Rates of a peer, and its tokens of the last repeat; prompts must be of one length.
+
+    Raises:
+        ValueError: prompts or outputs differ in length: padding would blur the comparison.
+    """
+    from nbllm.bench.run import rates
+
+    if len(set(map(len, workload.prompts))) > 1 or len(set(workload.output_lens)) > 1:
+        raise ValueError("the peer is timed on prompts and outputs of one length only")
+    one_token = replace(workload, output_lens=[1] * len(workload.prompts))
+    peer.generate(one_token)
+    prefill_times: list[float] = []
+    whole_times: list[float] = []
+    tokens: list[list[int]] = []
+    for _ in range(repeats):
+        for job, times in ((one_token, prefill_times), (workload, whole_times)):
+            begin = time.perf_counter()
+            tokens = peer.generate(job)
+            times.append(time.perf_counter() - begin)
+    return {
+        **rates(workload, statistics.median(prefill_times), statistics.median(whole_times)),
+        "tokens": tokens,
+    }
+
+
+def count_equal_tokens(outputs: Sequence[RequestOutput], tokens: Sequence[list[int]]) -> int:
+    """Tokens that two engines have in common, counted up to each row's first difference."""
+    total = 0
+    for output, other in zip(outputs, tokens, strict=True):
+        for token, other_token in zip(output.outputs[0].token_ids, other, strict=True):
+            if token != other_token:
+                break
+            total += 1
+    return total
+
+
+class TransformersPeer:
+    """`transformers`, through `generate`.
+
+    Args:
+        folder: holds config.json and weights.
+        device, dtype: names, as of the engine that it is compared with.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model.generation_config.eos_token_id = None  # every text has its full length
+        self.model: Any = model.to(device).eval()
+
+    @torch.inference_mode()
+    def generate(self, workload: Workload) -> list[list[int]]:
+        """See `Peer.generate`."""
+        ids = torch.tensor(workload.prompts, device=self.model.device)
+        texts = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=workload.output_lens[0],
+            do_sample=False,
+            pad_token_id=0,
+        )
+        tokens: list[list[int]] = texts[:, ids.shape[1] :].tolist()
+        return tokens
 
 
 def write_random_weights(folder: Path, seed: int = 0) -> None:
@@ -31,42 +123,10 @@ def write_random_weights(folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def load_peer(folder: Path | str, device: str, dtype: str) -> Any:
-    """The model as transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model.generation_config.eos_token_id = None  # every text has its full length
-    return model.to(device).eval()
-
-
-def time_peer(model: Any, workload: Workload, repeats: int) -> dict[str, Any]:
-    """`model.generate` on the whole workload as one batch; prompts must be of one length.
-
-    Raises:
-        ValueError: prompts or outputs differ in length: padding would blur the comparison.
-    """
-    from nbllm.bench.run import rates
-
-    if len(set(map(len, workload.prompts))) > 1 or len(set(workload.output_lens)) > 1:
-        raise ValueError("the peer is timed on prompts and outputs of one length only")
-    one_token = replace(workload, output_lens=[1] * len(workload.prompts))
-    _generate(model, one_token)
-    prefill_times: list[float] = []
-    whole_times: list[float] = []
-    for _ in range(repeats):
-        for job, times in ((one_token, prefill_times), (workload, whole_times)):
-            begin = time.perf_counter()
-            _generate(model, job)
-            times.append(time.perf_counter() - begin)
-    result = rates(workload, statistics.median(prefill_times), statistics.median(whole_times))
-    return {"name": "transformers.generate", **result}
-
-
 def check_tokens(model: Any, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Compare greedy outputs with the peer's own choice after the same tokens.
+    """Compare greedy outputs with transformers' own choice after the same tokens.
 
-    The peer reads each whole text at once. A token that is not its first choice is wrong unless
+    The model reads each whole text at once. A token that is not its first choice is wrong unless
     the two are nearly tied: their log-probabilities less than 0.05 apart (0.001 in float32).
     """
     tolerance = 0.001 if model.dtype == torch.float32 else 0.05
@@ -90,17 +150,3 @@ def check_tokens(model: Any, outputs: Sequence[RequestOutput]) -> dict[str, Any]
         "widest_gap": round(widest, 4),
         "ok": widest < tolerance,
     }
-
-
-@torch.inference_mode()
-def _generate(model: Any, workload: Workload) -> None:
-    ids = torch.tensor(workload.prompts, device=model.device)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=workload.output_lens[0],
-        do_sample=False,
-        pad_token_id=0,
-    )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

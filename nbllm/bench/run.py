@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nbllm.outputs import RequestOutput
 
 _PACKAGES = ("nbllm", "torch", "triton", "transformers")
+_PEERS = ("transformers", "llama.cpp")
 _ENGINE_OPTIONS = {
     "max_model_len": int,
     "max_num_seqs": int,
@@ -57,8 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=kind)
     parser.add_argument(
         "--peer",
-        choices=["transformers"],
-        help="time transformers.generate on the same weights, and check our tokens against it",
+        choices=_PEERS,
+        action="append",
+        default=[],
+        help="time another engine on the same weights, too; may be given twice. transformers "
+        "checks our tokens as well",
     )
 
 
@@ -103,19 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         outputs, timing = _time(llm, workload, arguments.repeats)
         result |= timing
         if arguments.peer:
-            from nbllm.bench.peer import check_tokens, load_peer, time_peer
-
-            if folder is None:
-                folder = Path(__file__).parents[1] / "demo"
-            peer = load_peer(folder, llm.config.device, llm.config.dtype)
-            result["check"] = check_tokens(peer, outputs)
-            result["peer"] = time_peer(peer, workload, arguments.repeats)
-            result["ratio"] = {
-                name: round(result[name] / result["peer"][name], 2)
-                for name in ("tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
-                if result["peer"].get(name)
-            }
-        else:
+            result["peers"] = _run_peers(llm, folder, workload, outputs, arguments, result)
+        if "transformers" not in arguments.peer:
             result["check"] = _check_alone(llm, outputs)
         result |= _environment(llm)
     _print(json.dumps(result))
@@ -184,6 +177,41 @@ def _time(llm: LLM, workload: Workload, repeats: int) -> tuple[list[RequestOutpu
         "p99": round(waits[min(len(waits) * 99 // 100, len(waits) - 1)], 4),
     }
     return outputs, result
+
+
+def _run_peers(
+    llm: LLM,
+    folder: Path | str | None,
+    workload: Workload,
+    outputs: Sequence[RequestOutput],
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """Rates of each peer and ours over them; transformers' check of our tokens into `result`."""
+    from nbllm.bench.peer import (
+        TransformersPeer,
+        check_tokens,
+        count_equal_tokens,
+        load_peer,
+        time_peer,
+    )
+    from nbllm.hub import resolve_model
+
+    peers: dict[str, Any] = {}
+    for name in arguments.peer:
+        peer = load_peer(name, resolve_model(folder), llm.config.device, llm.config.dtype)
+        _say(f"{name}: the same")
+        if isinstance(peer, TransformersPeer):
+            result["check"] = check_tokens(peer.model, outputs)
+        peers[name] = measured = time_peer(peer, workload, arguments.repeats)
+        measured["equal_tokens"] = count_equal_tokens(outputs, measured.pop("tokens"))
+        measured["ratio"] = {
+            rate: round(result[rate] / measured[rate], 2)
+            for rate in ("tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+            if measured.get(rate)
+        }
+        del peer  # its weights, before the next one's
+    return peers
 
 
 def rates(workload: Workload, prefill_s: float, whole_s: float) -> dict[str, Any]:

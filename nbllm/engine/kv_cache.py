@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,7 +109,6 @@ def allocate_kv_caches(
     """One [2, num_blocks, num_kv_heads, block_size, head_dim] tensor per layer, zeros.
 
     Zeros, since attention multiplies what it masks by a probability of zero, and 0 * NaN is NaN.
-    On a CPU the operating system hands out zeroed pages only when they are touched.
 
     Raises:
         OutOfMemoryError: the memory went to somebody else in the meantime.
@@ -122,12 +123,21 @@ def allocate_kv_caches(
         model.head_dim,
     )
     try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
-    except RuntimeError as error:  # torch.OutOfMemoryError, and what the CPU allocator raises
+        return [_zeros(shape, dtype, device) for _ in range(model.num_layers)]
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise OutOfMemoryError(
             f"The KV cache of {config.num_gpu_blocks_override} pages did not fit on {device}; "
             "lower gpu_memory_utilization, max_model_len or max_num_seqs."
         ) from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the zeros are the operating system's, which hands out pages when they are touched;
+    `torch.zeros` would touch them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _kv_budget_bytes(

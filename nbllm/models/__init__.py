@@ -10,7 +10,7 @@ import torch
 from nbllm.config import ModelConfig
 from nbllm.errors import ModelLoadError, OutOfMemoryError
 from nbllm.models.causal_lm import CausalLM
-from nbllm.models.layers import pack_linears
+from nbllm.models.layers import pack_weights
 from nbllm.models.weights import iterate_weights, weight_files
 
 
@@ -93,7 +93,7 @@ def load_model(
     else:
         model.load_weights(iterate_weights(folder, load_format))
     model.prepare(device)
-    pack_linears(model)
+    pack_weights(model)
     return model.eval()
 
 

@@ -26,12 +26,12 @@ from nbllm.models.rope import RotaryEmbedding
 from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import (
     AttentionMetadata,
+    HeadNorm,
+    attention_inputs,
     gelu_and_mul,
     paged_attention,
     rms_norm,
-    rotary,
     silu_and_mul,
-    store_kv,
 )
 
 
@@ -45,12 +45,11 @@ class RMSNorm(nn.Module):
         self.offset = config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, rms_norm(x, self.weight, self.eps, weight_offset=self.offset))
+        return rms_norm(x, self.weight, self.eps, weight_offset=self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
-        result = rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset)
-        return cast("tuple[Tensor, Tensor]", result)
+        return rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset)
 
 
 class Attention(nn.Module):
@@ -88,19 +87,16 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         kv_cache: Tensor,
         metadata: AttentionMetadata,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        qkv = self.qkv_proj(x)
         if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotary(q, k, *rope)
+            q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         key_cache, value_cache = kv_cache
-        store_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
+        q = attention_inputs(
+            qkv, key_cache, value_cache, metadata, rope=rope, norm=self._head_norm()
+        )
         attended = paged_attention(
             q,
             key_cache,
@@ -110,7 +106,12 @@ class Attention(nn.Module):
             sliding_window=self.window,
             softcap=self.softcap,
         )
-        return cast(Tensor, self.o_proj(attended.flatten(-2)))
+        return cast(Tensor, self.o_proj(attended.flatten(-2), residual))
+
+    def _head_norm(self) -> HeadNorm | None:
+        if self.qk_norm != "head":
+            return None
+        return HeadNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
 
 
 class MLP(nn.Module):
@@ -134,19 +135,19 @@ class MLP(nn.Module):
         if self.activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
             raise ModelLoadError(f"config.json: hidden_act {self.activation!r} is not supported")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate_up = self.gate_up_proj(x)
         if self.activation == "silu":
-            return cast(Tensor, self.down_proj(silu_and_mul(gate_up)))
-        approximate = "tanh" if self.activation == "gelu_pytorch_tanh" else "none"
-        return cast(Tensor, self.down_proj(gelu_and_mul(gate_up, approximate)))
+            inner = silu_and_mul(gate_up)
+        else:
+            approximate = "tanh" if self.activation == "gelu_pytorch_tanh" else "none"
+            inner = gelu_and_mul(gate_up, approximate)
+        return cast(Tensor, self.down_proj(inner, residual))
 
 
 class Layer(nn.Module):
-    """Attention and MLP with their norms.
-
-    `hidden` and `residual` travel apart, so that adding them is part of the next norm.
-    """
+    """Attention and MLP with their norms; where nothing comes between, the projections add their
+    result to the residual stream themselves."""
 
     def __init__(self, config: ModelConfig, layer: int, batch_invariant: bool) -> None:
         super().__init__()
@@ -164,28 +165,23 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
-        residual: Tensor | None,
+        x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         kv_cache: Tensor,
         metadata: AttentionMetadata,
-    ) -> tuple[Tensor, Tensor]:
-        if self.placement == "post":
-            x = hidden if residual is None else hidden + residual
-            attended = self.self_attn(x, rope, kv_cache, metadata)
-            x = x + self.post_attention_layernorm(attended)
-            return self.post_feedforward_layernorm(self.mlp(x)), x
-        if residual is None:
-            x, residual = self.input_layernorm(hidden), hidden
-        else:
-            x, residual = self.input_layernorm.add(hidden, residual)
-        attended = self.self_attn(x, rope, kv_cache, metadata)
+    ) -> Tensor:
+        """[num_tokens, hidden_size] to the same; may overwrite x."""
         if self.placement == "pre":
-            x, residual = self.post_attention_layernorm.add(attended, residual)
-            return self.mlp(x), residual
+            x = self.self_attn(self.input_layernorm(x), rope, kv_cache, metadata, residual=x)
+            return cast(Tensor, self.mlp(self.post_attention_layernorm(x), residual=x))
+        normed = x if self.placement == "post" else self.input_layernorm(x)
+        attended = self.self_attn(normed, rope, kv_cache, metadata)
         attended = self.post_attention_layernorm(attended)
-        x, residual = self.pre_feedforward_layernorm.add(attended, residual)
-        return self.post_feedforward_layernorm(self.mlp(x)), residual
+        if self.placement == "post":
+            normed = x = x + attended
+        else:
+            normed, x = self.pre_feedforward_layernorm.add(attended, x)
+        return x + cast(Tensor, self.post_feedforward_layernorm(self.mlp(normed)))
 
 
 class Decoder(CausalLM):
@@ -237,13 +233,11 @@ class Decoder(CausalLM):
         if self.config.embedding_scale != 1.0:
             # Rounded to the dtype first, as transformers does.
             hidden = hidden * torch.tensor(self.config.embedding_scale).to(hidden)
-        residual: Tensor | None = None
         rows = {key: rotary.rows(positions, metadata) for key, rotary in self._rotary.items()}
         ropes = (rows.get(id(rope)) for rope in self.config.layer_ropes)
         for layer, rope, kv_cache in zip(self.layers, ropes, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, rope, kv_cache, metadata)
-        assert residual is not None
-        return self.norm.add(hidden, residual)[0]
+            hidden = layer(hidden, rope, kv_cache, metadata)
+        return cast(Tensor, self.norm(hidden))
 
     def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
         """Copy a checkpoint's tensors in, fusing q, k, v and gate, up on the way.

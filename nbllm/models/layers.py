@@ -39,9 +39,10 @@ class Linear(nn.Module):
             self._packed = packed
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The product, added to a residual if there is one (which may be overwritten)."""
         weight: Weight = self.weight if self._packed is None else self._packed
-        return linear(x, weight, self.bias, batch_invariant=self.batch_invariant)
+        return linear(x, weight, self.bias, residual=residual, batch_invariant=self.batch_invariant)
 
 
 class Embedding(nn.Module):
@@ -50,15 +51,28 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self._packed: PackedWeight | None = None
+
+    @property
+    def table(self) -> Weight:
+        """The table as `nbllm_kernels.linear` takes it."""
+        return self.weight if self._packed is None else self._packed
+
+    def pack(self) -> None:
+        """Pack the table, if it can still be read row by row then: for a head that shares it."""
+        packed = pack_weight(self.weight)
+        if isinstance(packed, PackedWeight) and packed.has_rows:
+            self._packed = packed
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.rows(ids)
         return F.embedding(ids, self.weight)
 
 
 class LanguageModelHead(nn.Module):
     """Hidden states to float32 logits, with a table of its own or the embedding's.
-
-    A tied table is used as it is, never packed: packing would be a second copy of it.
 
     Args:
         embedding: tie to this one, or None.
@@ -82,21 +96,27 @@ class LanguageModelHead(nn.Module):
         if embedding is None:
             self.projection = Linear(hidden_size, vocab_size, batch_invariant=batch_invariant)
 
+    def pack(self) -> None:
+        """Pack a shared table; one of its own is a linear layer like others."""
+        embedding = self._tied[0]
+        if embedding is not None:
+            embedding.pack()
+
     def forward(self, hidden: Tensor) -> Tensor:
         if self.projection is not None:
             logits = self.projection(hidden)
         else:
             embedding = self._tied[0]
             assert embedding is not None
-            logits = linear(hidden, embedding.weight, batch_invariant=self.batch_invariant)
+            logits = linear(hidden, embedding.table, batch_invariant=self.batch_invariant)
         logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Pack every linear layer of a model, one after the other."""
+def pack_weights(model: nn.Module) -> None:
+    """Pack the weights of every matrix product of a model, one after the other."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, LanguageModelHead)):
             module.pack()

@@ -61,7 +61,9 @@ def test_the_peer_agrees_on_every_token_and_is_timed(
     code, result = run_bench(capsys, *arguments, *SMALL)
     assert code == 0
     assert result["check"]["equal"] == result["check"]["tokens"] == 18
-    assert result["ratio"]["tokens_per_s"] > 0
+    peer = result["peers"]["transformers"]
+    assert peer["equal_tokens"] == 18
+    assert peer["ratio"]["tokens_per_s"] > 0
 
 
 def test_a_wrong_token_fails_the_check(make_checkpoint: MakeCheckpoint) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +97,17 @@ def test_a_pages_size_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) ->
     assert config.num_gpu_blocks_override is not None
     expected = config.num_gpu_blocks_override * block_size_bytes(MODEL, 16, torch.float32)
     assert sum(cache.nbytes for cache in caches) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_pages_on_the_cpu_take_no_ram_until_they_are_used() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    num_blocks = 400_000_000 // (16 * TOKEN_BYTES)
+    config = EngineConfig(num_gpu_blocks_override=num_blocks, block_size=16)
+    before = resident_bytes()
+    caches = allocate_kv_caches(config, MODEL, device=CPU, dtype=torch.float32)
+    assert sum(cache.nbytes for cache in caches) > 390_000_000
+    assert resident_bytes() - before < 40_000_000
+    assert not caches[1][:, -1].any()

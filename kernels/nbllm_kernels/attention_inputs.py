@@ -1,0 +1,72 @@
+"""attention_inputs: from the fused projection to what attention reads, in one go.
+
+Norms of the heads of query and key (Qwen 3, Gemma 3), rotary embedding, and the write of key and
+value into the cache touch the same few numbers one after the other: one op for the three of them
+saves most of their time where there are few tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.dispatch import runs_triton
+from nbllm_kernels.rms_norm import rms_norm
+from nbllm_kernels.rotary import rotary
+from nbllm_kernels.store_kv import store_kv
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """An RMSNorm over each head.
+
+    Attributes:
+        query_weight, key_weight: [head_dim].
+        eps, weight_offset: as in `rms_norm`.
+    """
+
+    query_weight: Tensor
+    key_weight: Tensor
+    eps: float
+    weight_offset: float = 0.0
+
+
+def attention_inputs(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """Norm and rotate query and key, store key and value.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], query, key and value heads
+            side by side; may be overwritten.
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], written at
+            `metadata.slot_mapping`.
+        metadata: of the step.
+        rope: table and positions, as `rotary` takes them; None does not rotate.
+        norm: None does not norm.
+
+    Returns:
+        the query, [num_tokens, num_heads, head_dim].
+    """
+    if not runs_triton(qkv):
+        from nbllm_kernels.cpu_elementwise import attention_inputs as cpu
+
+        return cpu(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
+    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norm is not None:
+        q = rms_norm(q, norm.query_weight, norm.eps, weight_offset=norm.weight_offset)
+        k = rms_norm(k, norm.key_weight, norm.eps, weight_offset=norm.weight_offset)
+    if rope is not None:
+        q, k = rotary(q, k, *rope)
+    store_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
+    return q
