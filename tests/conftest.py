@@ -137,6 +137,17 @@ def multilingual_texts() -> list[str]:
     return TEXTS
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where nbllm runs in a test that goes over every device; the reference stays on the CPU."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        # TF32 would leave float32 with 10 bits: nowhere near the reference.
+        assert torch.get_float32_matmul_precision() == "highest"
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def generate_greedily() -> Callable[..., list[int]]:
     """(model, prompt, number of tokens) -> what transformers appends, with its KV cache.

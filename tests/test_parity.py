@@ -39,11 +39,11 @@ def reference(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     return generated.sequences[0, len(prompt) :].tolist(), torch.log_softmax(logits, dim=-1)
 
 
-def check_float32(make_checkpoint: MakeCheckpoint, count: int) -> None:
+def check_float32(make_checkpoint: MakeCheckpoint, device: str, count: int) -> None:
     folder, model = make_checkpoint("Qwen3", **CONFIG)
     prompts = random_prompts(count)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=1)
-    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu", "dtype": "float32"}
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": device, "dtype": "float32"}
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     worst = 0.0
@@ -66,7 +66,7 @@ def first_gap(tokens: list[int], ours: list[int], logprobs: torch.Tensor) -> flo
     return 0.0
 
 
-def check_bfloat16(make_checkpoint: MakeCheckpoint, count: int) -> None:
+def check_bfloat16(make_checkpoint: MakeCheckpoint, device: str, count: int) -> None:
     """Against the rounded weights computed exactly we err no more than transformers' bfloat16."""
     folder, model = make_checkpoint("Qwen3", **CONFIG)
     exact = copy.deepcopy(model)
@@ -75,7 +75,7 @@ def check_bfloat16(make_checkpoint: MakeCheckpoint, count: int) -> None:
     half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
     prompts = random_prompts(count)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
-    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu", "dtype": "bfloat16"}
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": device, "dtype": "bfloat16"}
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     our_gaps, their_gaps = [], []
@@ -89,24 +89,26 @@ def check_bfloat16(make_checkpoint: MakeCheckpoint, count: int) -> None:
 
 
 def test_greedy_tokens_and_logprobs_equal_those_of_transformers(
-    make_checkpoint: MakeCheckpoint,
+    make_checkpoint: MakeCheckpoint, device: str
 ) -> None:
-    check_float32(make_checkpoint, count=25)
+    check_float32(make_checkpoint, device, count=25)
 
 
 def test_bfloat16_differs_only_where_two_tokens_are_nearly_tied(
-    make_checkpoint: MakeCheckpoint,
+    make_checkpoint: MakeCheckpoint, device: str
 ) -> None:
-    check_bfloat16(make_checkpoint, count=12)
+    check_bfloat16(make_checkpoint, device, count=12)
 
 
 @pytest.mark.slow
-def test_a_thousand_prompts_equal_those_of_transformers(make_checkpoint: MakeCheckpoint) -> None:
-    check_float32(make_checkpoint, count=1_000)
+def test_a_thousand_prompts_equal_those_of_transformers(
+    make_checkpoint: MakeCheckpoint, device: str
+) -> None:
+    check_float32(make_checkpoint, device, count=1_000)
 
 
 @pytest.mark.slow
 def test_a_thousand_bfloat16_prompts_differ_only_at_near_ties(
-    make_checkpoint: MakeCheckpoint,
+    make_checkpoint: MakeCheckpoint, device: str
 ) -> None:
-    check_bfloat16(make_checkpoint, count=1_000)
+    check_bfloat16(make_checkpoint, device, count=1_000)

@@ -21,10 +21,10 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=[False, True], ids=["usual", "batch_invariant"])
 def engines(
-    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Any]
+    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Any], device: str
 ) -> Iterator[tuple[bool, list[LLM]]]:
     folder, _ = make_checkpoint("Qwen3", head_dim=16, num_hidden_layers=2)
-    options = {"skip_tokenizer_init": True, "device": "cpu", "dtype": "float32", "block_size": 8}
+    options = {"skip_tokenizer_init": True, "device": device, "dtype": "float32", "block_size": 8}
     llms = [
         LLM(folder, batch_invariant=request.param, **(options | variant)) for variant in VARIANTS
     ]

@@ -8,7 +8,7 @@ in a process of its own, since Triton reads the variable when it is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,30 @@ def pytest_configure(config: pytest.Config) -> None:
     """NumPy, on which the interpreter computes, warns where a GPU overflows to infinity."""
     if INTERPRETS:
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_is_patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` at each call of a function within a kernel,
+    although the launch has done so: more than half of its time."""
+    if not INTERPRETS:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    scopes: dict[Any, Any] = {}
+
+    def patch_once(function: Any) -> Any:
+        names = function.__globals__
+        modules = names.get("tl"), names.get("core")  # what is patched
+        if modules not in scopes or not scopes[modules]._changes:  # restored after a launch
+            scopes[modules] = patch(function)
+        return scopes[modules]
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,11 @@ def test_every_kernel_passes_its_tests_in_the_interpreter() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-8000:]
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None
-    assert int(passed[1]) > 90
+    assert int(passed[1]) > 130

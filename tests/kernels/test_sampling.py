@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,10 +93,10 @@ def test_filtered_tokens_equal_those_of_the_reference(
 def test_ties_at_the_edge_of_top_p_go_to_the_lowest_ids(device: torch.device) -> None:
     from nbllm_kernels.gpu.sampling import sample
 
-    logits = torch.zeros(12, 40, device=device)
+    logits = torch.zeros(6, 40, device=device)
     logits[:, 20] = 1.0
     # 2.718 of 41.718; a half of that takes 19 (18.14 rounded up) of the 39 equal ids.
-    params = make_params(device, [1.0] * 12, top_p=0.5)
+    params = make_params(device, [1.0] * 6, top_p=0.5)
     tokens = set(sample(logits.clone(), params).tolist())
     assert tokens <= {*range(19), 20}
     assert torch.equal(sample(logits.clone(), params), reference.sample(logits, params))
@@ -111,6 +112,32 @@ def test_ties_at_the_edge_of_top_k_all_stay(device: torch.device) -> None:
     tokens = sample(logits.clone(), params)
     assert set(tokens.tolist()) == {3, 5, 7, 9}
     assert torch.equal(tokens, reference.sample(logits, params))
+
+
+@pytest.mark.parametrize("vocab_size", [100, 8193, 10_000, 151_936])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.9, "min_p": 0.01}], ids=str)
+def test_a_masked_tail_is_never_drawn(
+    random_tensor: Callable[..., Tensor],
+    device: torch.device,
+    is_interpreted: bool,
+    vocab_size: int,
+    options: dict[str, Any],
+) -> None:
+    """Masked are the second half, all but the first id, the last tile, all ids."""
+    if is_interpreted and options and vocab_size > 100_000:
+        pytest.skip("takes the interpreter seconds")
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(5, vocab_size)
+    num_allowed = [vocab_size // 2, 1, (vocab_size - 1) // 2048 * 2048 or 1, vocab_size, 0]
+    for row, first_masked in zip(logits, num_allowed, strict=True):
+        row[first_masked:] = -torch.inf
+    for temperature in (0.0, 1.0):
+        params = make_params(device, [temperature] * 5, **options)
+        tokens = sample(logits.clone(), params).tolist()
+        assert all(tokens[i] < num_allowed[i] for i in range(4))
+        assert tokens[:4] == reference.sample(logits, params)[:4].tolist()
+        assert 0 <= tokens[4] < vocab_size
 
 
 def test_degenerate_rows_give_an_id_of_the_vocabulary(device: torch.device) -> None:

@@ -16,7 +16,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 
 @pytest.fixture
-def check_greedy_tokens(generate_greedily: Callable[..., list[int]]) -> Callable[..., None]:
+def check_greedy_tokens(
+    generate_greedily: Callable[..., list[int]], device: str
+) -> Callable[..., None]:
     """Batched, chunked, prefix-cached and alone, a checkpoint gives the reference's tokens."""
 
     def check(folder: Path, model: Any) -> None:
@@ -26,8 +28,9 @@ def check_greedy_tokens(generate_greedily: Callable[..., list[int]]) -> Callable
         options: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "dtype": "float32",
-            "device": "cpu",
+            "device": device,
             "block_size": 16,
+            "max_num_seqs": 8,  # a step holds as many tokens at least
         }
         with LLM(folder, max_num_batched_tokens=64, **options) as llm:
             llm._thread._engine.check_integrity = True

@@ -31,7 +31,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2-no-scale", "GPT2", GPT2 | EAGER | {"scale_attn_weights": False}),
 ]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture
+def options(device: str) -> dict[str, Any]:
+    return {"skip_tokenizer_init": True, "dtype": "float32", "device": device}
 
 
 def random_prompts(lens: tuple[int, ...], seed: int = 1) -> list[list[int]]:
@@ -57,12 +61,13 @@ def test_greedy_tokens_equal_those_of_transformers(
 def test_preempted_sequences_come_to_the_same_tokens(
     make_checkpoint: Callable[..., Any],
     generate_greedily: Callable[..., list[int]],
+    options: dict[str, Any],
     prefix: str,
     config: dict[str, Any],
 ) -> None:
     folder, model = make_checkpoint(prefix, **config)
     prompts = random_prompts((40,) * 6, seed=2)
-    with LLM(folder, block_size=8, num_gpu_blocks_override=16, max_model_len=96, **OPTIONS) as llm:
+    with LLM(folder, block_size=8, num_gpu_blocks_override=16, max_model_len=96, **options) as llm:
         llm._thread._engine.check_integrity = True
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert llm.get_metrics()["num_preemptions"] > 0
@@ -74,12 +79,13 @@ def test_preempted_sequences_come_to_the_same_tokens(
 def test_the_last_position_can_be_used_and_not_more(
     make_checkpoint: Callable[..., Any],
     generate_greedily: Callable[..., list[int]],
+    options: dict[str, Any],
     prefix: str,
     config: dict[str, Any],
 ) -> None:
     folder, model = make_checkpoint(prefix, **config)
     [prompt] = random_prompts((120,))
-    with LLM(folder, **OPTIONS) as llm:
+    with LLM(folder, **options) as llm:
         assert llm.config.max_model_len == 128
         with pytest.warns(UserWarning, match="max_model_len"):
             output = llm.generate(prompt, GREEDY)[0].outputs[0]
@@ -88,7 +94,7 @@ def test_the_last_position_can_be_used_and_not_more(
         with pytest.raises(PromptTooLongError):
             llm.generate(prompt + prompt[:8], GREEDY)
     with pytest.raises(InvalidRequestError, match="learned positions for 128 tokens") as info:
-        LLM(folder, max_model_len=129, **OPTIONS)
+        LLM(folder, max_model_len=129, **options)
     assert info.value.parameter == "max_model_len"
 
 
@@ -102,6 +108,7 @@ def rewrite(folder: Path, target: Path, change: Callable[[dict[str, Any]], dict[
 def test_names_of_the_original_opt_checkpoint_are_read(
     make_checkpoint: Callable[..., Any],
     generate_greedily: Callable[..., list[int]],
+    options: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     folder, model = make_checkpoint("OPT", **OPT, tie_word_embeddings=True)
@@ -113,7 +120,7 @@ def test_names_of_the_original_opt_checkpoint_are_read(
         return renamed | {"lm_head.weight": embedding.clone()}  # tied, and stored all the same
 
     [prompt] = random_prompts((20,))
-    with LLM(rewrite(folder, tmp_path, change), **OPTIONS) as llm:
+    with LLM(rewrite(folder, tmp_path, change), **options) as llm:
         output = llm.generate(prompt, GREEDY)[0].outputs[0]
     assert output.token_ids == generate_greedily(model, prompt)
 
@@ -121,6 +128,7 @@ def test_names_of_the_original_opt_checkpoint_are_read(
 def test_names_and_mask_buffers_of_the_original_gpt2_checkpoint_are_read(
     make_checkpoint: Callable[..., Any],
     generate_greedily: Callable[..., list[int]],
+    options: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     folder, model = make_checkpoint("GPT2", **GPT2, tie_word_embeddings=True)
@@ -135,21 +143,21 @@ def test_names_and_mask_buffers_of_the_original_gpt2_checkpoint_are_read(
         return renamed
 
     [prompt] = random_prompts((20,))
-    with LLM(rewrite(folder, tmp_path, change), **OPTIONS) as llm:
+    with LLM(rewrite(folder, tmp_path, change), **options) as llm:
         output = llm.generate(prompt, GREEDY)[0].outputs[0]
     assert output.token_ids == generate_greedily(model, prompt)
 
 
 @pytest.mark.parametrize("name", ["opt-350m", "gpt2"])
 def test_logprobs_equal_those_of_transformers_and_do_not_depend_on_the_batch(
-    make_checkpoint: Callable[..., Any], name: str
+    make_checkpoint: Callable[..., Any], options: dict[str, Any], name: str
 ) -> None:
     [(prefix, config)] = [case[1:] for case in CASES if case[0] == name]
     folder, model = make_checkpoint(prefix, **config)
     prompts = random_prompts((9, 30, 17, 64))
     params = GREEDY.clone()
     params.logprobs, params.prompt_logprobs = 1, 1
-    with LLM(folder, batch_invariant=True, max_num_batched_tokens=64, **OPTIONS) as llm:
+    with LLM(folder, batch_invariant=True, max_num_batched_tokens=64, **options) as llm:
         together = llm.generate(prompts, params, use_tqdm=False)
         for prompt, output in zip(prompts, together, strict=True):
             alone = llm.generate(prompt, params)[0]

@@ -69,7 +69,9 @@ def test_greedy_tokens_equal_those_of_transformers(
 
 
 def test_preempted_sequences_come_to_the_same_tokens(
-    make_checkpoint: Callable[..., Any], generate_greedily: Callable[..., list[int]]
+    make_checkpoint: Callable[..., Any],
+    generate_greedily: Callable[..., list[int]],
+    device: str,
 ) -> None:
     folder, model = make_checkpoint("Qwen3", **HEAD)
     generator = torch.Generator().manual_seed(2)
@@ -78,12 +80,13 @@ def test_preempted_sequences_come_to_the_same_tokens(
         folder,
         skip_tokenizer_init=True,
         dtype="float32",
-        device="cpu",
+        device=device,
         block_size=8,
         num_gpu_blocks_override=16,
         max_model_len=96,
     ) as llm:
         llm._thread._engine.check_integrity = True
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.get_metrics()["num_preemptions"] > 0
         references = [generate_greedily(model, prompt) for prompt in prompts]
         assert [o.outputs[0].token_ids for o in outputs] == references
