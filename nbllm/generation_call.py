@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbllm.engine.engine_thread import EngineThread
     from nbllm.engine.request import Request
     from nbllm.inputs import RequestFactory
+    from nbllm.progress import ProgressBar
     from nbllm.tokenizer import Tokenizer
 
 _CHUNK = 256  # rows tokenized at once
@@ -66,6 +67,7 @@ class GenerationCall:
         self._max_in_flight = max_in_flight
         self._output_kind = output_kind
         self._active: dict[Request, tuple[int, OutputProcessor]] = {}
+        self._untaken: dict[int, OutputProcessor] = {}  # rows whose end nobody has taken yet
         self._num_rows = 0
         self._num_in_flight = 0
         self._exhausted = False
@@ -89,6 +91,24 @@ class GenerationCall:
             self._thread.abort(list(self._active))
             self._active.clear()
             self._num_in_flight = 0
+
+    def run(self, keep: Callable[[int, RequestOutput], None], bar: ProgressBar) -> None:
+        """Run all rows and hand each output to `keep`; on an interrupt some of them once more."""
+        try:
+            for number, output in self.results():
+                keep(number, output)
+                bar.update(1, **token_counts(output))
+        except KeyboardInterrupt:
+            for number, output in self._salvage():
+                keep(number, output)
+            raise
+
+    def results(self) -> Iterator[tuple[int, RequestOutput]]:
+        """Run all rows; yields what `submit` and `absorb` do."""
+        yield from self.submit()
+        while self.is_waiting:
+            yield from self.absorb(self.stream.take())
+            yield from self.submit()
 
     def submit(self) -> Iterator[tuple[int, RequestOutput]]:
         """Keep the engine supplied; yields the rows that failed before they reached it."""
@@ -117,6 +137,21 @@ class GenerationCall:
                 self._num_in_flight -= 1
             if finished or self._output_kind != RequestOutputKind.FINAL_ONLY:
                 yield number, processor.report()
+            if finished:
+                del self._untaken[number]
+
+    def _salvage(self) -> Iterator[tuple[int, RequestOutput]]:
+        """After an interrupt: the rows that ended, as far as `results` was not asked to go on.
+
+        An interrupt strikes anywhere between the engine's last token and the caller's list, in
+        our code or in a progress bar's; what was finished by then is not lost.
+        """
+        self.close()
+        yield from self._failed
+        for number, processor in self._untaken.items():
+            output = processor.reread()
+            if output is not None:
+                yield number, output
 
     def _submit_chunk(self, chunk: list[Row]) -> None:
         encoded = self._encode([prompt for prompt, _, _ in chunk])
@@ -133,6 +168,7 @@ class GenerationCall:
             processor = OutputProcessor(row, made, params, self._tokenizer, self._output_kind)
             for request in made:
                 self._active[request] = (number, processor)
+            self._untaken[number] = processor
             self._num_in_flight += 1
             requests += made
         if requests:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,6 @@ from nbllm.generation_call import (
     check_outputs,
     make_rows,
     raise_errors,
-    token_counts,
 )
 from nbllm.hub import resolve_model
 from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
@@ -168,23 +168,22 @@ class LLM:
             Interrupted: Ctrl-C; `.partial` holds the outputs so far (None where unfinished).
             EngineClosedError, EngineDeadError: no more requests are taken.
         """
-        is_single = is_single_prompt(prompts)
-        rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
-        outputs: list[RequestOutput | None] = [None] * len(rows)
-        bar = progress_bar(
-            len(rows), "Generating", enabled=use_tqdm if len(rows) > 1 else False, unit="prompt"
-        )
+        outputs: list[RequestOutput | None] = []
         try:
-            for index, output in self.generate_iter(rows, sampling_params, priority=priority):
-                outputs[index] = output
-                bar.update(1, **token_counts(output))
-        except KeyboardInterrupt as error:
-            raise Interrupted(partial=outputs) from error
-        finally:
-            bar.close()
-        return check_outputs(
-            cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
-        )
+            is_single = is_single_prompt(prompts)
+            rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
+            outputs += [None] * len(rows)
+            shown = use_tqdm if len(rows) > 1 else False
+            with (
+                closing(progress_bar(len(rows), "Generating", enabled=shown, unit="prompt")) as bar,
+                self._call(self._rows(rows, sampling_params, priority)) as call,
+            ):
+                call.run(outputs.__setitem__, bar)
+            return check_outputs(
+                cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(partial=outputs) from None  # in what line is of no interest
 
     def generate_iter(
         self,
@@ -199,10 +198,7 @@ class LLM:
         aborts what still runs.
         """
         with self._call(self._rows(prompts, sampling_params, priority)) as call:
-            yield from call.submit()
-            while call.is_waiting:
-                yield from call.absorb(call.stream.take())
-                yield from call.submit()
+            yield from call.results()
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None

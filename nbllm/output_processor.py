@@ -67,6 +67,19 @@ class OutputProcessor:
         continuation.read(num_output_tokens)
         return continuation.is_finished
 
+    def reread(self) -> RequestOutput | None:
+        """The final report, made from the requests alone; None if not all came to their end.
+
+        For a reader that was interrupted, maybe in the middle of `update` or `report`.
+        """
+        if any(not r.is_finished or r.finish_reason is FinishReason.ABORT for r in self.requests):
+            return None
+        final = RequestOutputKind.FINAL_ONLY
+        again = OutputProcessor(self._prompt, self.requests, self._params, self._tokenizer, final)
+        for request in self.requests:
+            again.update(request, request.num_output_tokens)
+        return again.report()
+
     def report(self) -> RequestOutput:
         """What is known now; in DELTA mode only what is new, of continuations with news."""
         first = self.requests[0]

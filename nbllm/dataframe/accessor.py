@@ -3,14 +3,15 @@
     df.llm.generate("question", out="answer")
     df.llm.generate("Translate to French: {text}", SamplingParams(temperature=0), out="french")
 
-The rows go through `LLM.generate_iter`: one continuous batch with every other caller. A row that
+The rows go through the `LLM`: one continuous batch with every other caller. A row that
 fails has a missing answer and its error, and the others are not affected.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import closing
 from typing import Any
 
 import pandas as pd
@@ -19,11 +20,10 @@ import nbllm
 from nbllm.dataframe.prompts import frame_prompts, is_conversation, series_prompts
 from nbllm.default_llm import default_llm
 from nbllm.errors import Interrupted, InvalidRequestError
-from nbllm.generation_call import token_counts
 from nbllm.inputs import EncodedPrompt
 from nbllm.llm import LLM
 from nbllm.outputs import RequestOutput
-from nbllm.progress import progress_bar
+from nbllm.progress import ProgressBar, progress_bar
 from nbllm.sampling_params import SamplingParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -202,17 +202,11 @@ class _Job:
                 )
             self._params = [params[row] for row in self.rows]
 
-    def run(self) -> Iterator[RequestOutput]:
-        """Fill `answers` and `errors`; yields each row's output as it finishes."""
+    def run(self, bar: ProgressBar) -> None:
+        """Fill `answers` and `errors`."""
         prompts = (self._encode(self._prompts[row]) for row in self.rows)
-        for number, output in self.llm.generate_iter(prompts, self._params):
-            row = self.rows[number]
-            if output.error is not None:
-                self.errors[row] = output.error
-            else:
-                texts = [completion.text for completion in output.outputs]
-                self.answers[row] = texts[0] if len(texts) == 1 else texts
-            yield output
+        with self.llm._call(self.llm._rows(prompts, self._params, None)) as call:
+            call.run(self._keep, bar)
 
     def error_texts(self) -> list[str | None]:
         """One per row, None where nothing went wrong."""
@@ -224,6 +218,14 @@ class _Job:
         for row in self.rows:
             if self.answers[row] is None and row not in self.errors:
                 self.errors[row] = Interrupted()
+
+    def _keep(self, number: int, output: RequestOutput) -> None:
+        row = self.rows[number]
+        if output.error is not None:
+            self.errors[row] = output.error
+        else:
+            texts = [completion.text for completion in output.outputs]
+            self.answers[row] = texts[0] if len(texts) == 1 else texts
 
     def _encode(self, prompt: Any) -> Any:
         if isinstance(prompt, InvalidRequestError):
@@ -243,18 +245,17 @@ class _Job:
 
 def _run(job: _Job, result: Any, errors: str, on_interrupt: str, use_tqdm: Any) -> Any:
     """Run a job to its end, or to the interrupt; `result()` makes what is returned."""
-    bar = progress_bar(len(job.rows), "Generating", enabled=use_tqdm, unit="row")
     try:
-        for output in job.run():
-            bar.update(1, **token_counts(output))
-    except KeyboardInterrupt as error:
+        with closing(
+            progress_bar(len(job.rows), "Generating", enabled=use_tqdm, unit="row")
+        ) as bar:
+            job.run(bar)
+    except KeyboardInterrupt:
         job.mark_unfinished()
         nbllm.last = result()
         if on_interrupt == "raise":
-            raise Interrupted(partial=nbllm.last) from error
+            raise Interrupted(partial=nbllm.last) from None
         return nbllm.last
-    finally:
-        bar.close()
     if job.errors and errors != "column":
         first = next(iter(job.errors.values()))
         if errors == "raise":

@@ -12,8 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
 from nbllm.engine.engine import Engine
@@ -90,22 +88,30 @@ class EngineThread:
 
     def call(self, function: Callable[[Engine], T]) -> T:
         """Run `function(engine)` between two steps and return its result."""
-        future: Future[T] = Future()
+        # Not a Future: an interrupt of its reader can leave its lock taken, see `RequestStream`.
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        results: list[T] = []
+        errors: list[BaseException] = []
 
         def run() -> None:
             assert self._engine is not None
             try:
-                future.set_result(function(self._engine))
+                results.append(function(self._engine))
             except BaseException as error:
-                future.set_exception(error)
+                errors.append(error)
+            done.put(None)
 
         self._send(run)
         while True:  # wakes now and then, so that the end of the thread is noticed
             try:
-                return future.result(timeout=0.5)
-            except FutureTimeoutError:
+                done.get(timeout=0.5)
+                break
+            except queue.Empty:
                 if self._end is not None and not self._thread.is_alive():
                     raise self._end from None
+        if errors:
+            raise errors[0]
+        return results[0]
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End all requests, free weights and KV cache, end the thread. Idempotent."""

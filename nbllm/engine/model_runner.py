@@ -109,11 +109,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def zero_blocks(self, blocks: list[int]) -> None:
-        """Erase pages whose content is unknown: a NaN left there would spoil their next owner."""
-        if blocks:
-            index = torch.tensor(blocks, device=self.device)
-            for kv_cache in self.kv_caches:
-                kv_cache[:, index] = 0
+        """Erase pages whose content is unknown: a NaN left there would spoil their next owner.
+
+        Page by page and without a new tensor: what failed may have been the memory.
+        """
+        for kv_cache in self.kv_caches:
+            for block in blocks:
+                kv_cache[:, block].zero_()
 
     def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> None:
         logits = self.model.compute_logits(hidden[step.logits_indices])

@@ -163,10 +163,10 @@ class Request:
         """WAITING or RUNNING -> FINISHED."""
         if self.is_finished:
             raise RuntimeError(f"request {self.request_id} is finished already")
-        self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.metrics.finished_time = time.monotonic()
+        self.status = RequestStatus.FINISHED  # last: a reader in another thread finds it complete
 
     def append(self, token_id: int) -> None:
         """Take one sampled token and finish if it ends the text.

@@ -4,11 +4,16 @@ The engine's thread marks requests as changed; the reader takes all that changed
 looked. Tokens are not copied into the stream: a request's token list only grows, so a mark is just
 "it has this many tokens now", and a slow reader finds one mark where a fast one found ten. That
 keeps the engine's work per token constant, whatever the readers do.
+
+The reader may be interrupted at any bytecode, so it shares nothing with the engine's thread but
+locks and queues that are made in C. `threading.Condition`, and so `Event`, is Python: an interrupt
+inside of its `__enter__` leaves its lock taken, and the engine would wait for it for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Iterable
 
@@ -27,22 +32,27 @@ class RequestStream:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed: dict[Request, int] = {}
-        self._event = threading.Event()
+        self._wakings: queue.SimpleQueue[None] = queue.SimpleQueue()  # none or one
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def put(self, requests: Iterable[Request]) -> None:
         """Mark requests as changed. Never blocks for longer than a dictionary update."""
         with self._lock:
+            is_first = not self._changed
             for request in requests:
                 self._changed[request] = request.num_output_tokens
-            self._wake()
+            if is_first and self._changed:
+                self._wakings.put(None)
+            self._wake_coroutine()
 
     def take(self, timeout_s: float | None = None) -> list[Progress]:
         """Wait for changes and return them; empty after `timeout_s` seconds without one.
 
         The wait frees the GIL and ends at once on KeyboardInterrupt.
         """
-        if not self._event.wait(timeout_s):
+        try:
+            self._wakings.get(timeout=timeout_s)
+        except queue.Empty:
             return []
         return self._take_now()
 
@@ -50,7 +60,8 @@ class RequestStream:
         """The same from a coroutine of any event loop."""
         while True:
             with self._lock:
-                if self._event.is_set():
+                if self._changed:
+                    self._wakings.get()
                     break
                 ready = asyncio.Event()
                 self._waiter = (asyncio.get_running_loop(), ready)
@@ -61,11 +72,9 @@ class RequestStream:
         with self._lock:
             changed = list(self._changed.items())
             self._changed.clear()
-            self._event.clear()
             return changed
 
-    def _wake(self) -> None:
-        self._event.set()
+    def _wake_coroutine(self) -> None:
         if self._waiter is not None:
             loop, ready = self._waiter
             self._waiter = None

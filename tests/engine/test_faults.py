@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nbllm import RequestFailedError
+from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.engine import Engine
 from nbllm.engine.request import FinishReason, Request
 
@@ -168,6 +169,114 @@ def test_a_row_of_nan_fails_alone_and_leaves_no_nan_behind(
     kept = [tokens for p, tokens in zip(prompts(), expected, strict=True) if poison not in p]
     assert [r.output_token_ids for r in neighbours] == kept
     assert all(bool(torch.isfinite(cache).all()) for cache in engine.runner.kv_caches)
+
+
+class NoMemoryAt(TorchDispatchMode):
+    """The n-th new tensor from now on can't be had, nor, if `lasting`, any later one."""
+
+    def __init__(self, at: int, *, lasting: bool) -> None:
+        super().__init__()
+        self.remaining = at
+        self.lasting = lasting
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        is_new = func is torch.ops.aten.lift_fresh.default  # how torch.tensor(...) ends
+        if is_new or any(t.untyped_storage()._cdata not in known for t in tensors(result)):
+            self.remaining -= 1
+            if self.remaining == 0 or (self.lasting and self.remaining < 0):
+                raise torch.OutOfMemoryError("injected")
+        return result
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 1.0, "frequency_penalty": 0.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 1.0, "logprob_token_ids": [7, 8]},
+    {"temperature": 0.0, "logit_bias": {7: 3.0}, "min_tokens": 4, "stop_token_ids": [9]},
+    {"temperature": 1.0, "allowed_token_ids": [3, 4, 5]},
+]
+
+
+def requests_of_all_kinds(make_request: MakeRequest) -> list[Request]:
+    return [
+        make_request(
+            prompt,
+            max_tokens=6,
+            seed=seed,
+            params=SamplingParams(ignore_eos=True, **kind),
+            bad_words_token_ids=[[seed + 2], [seed + 3, 4]],
+        )
+        for seed, (prompt, kind) in enumerate(zip(prompts(), KINDS, strict=True))
+    ]
+
+
+def run_without_memory(
+    engine: Engine, make_request: MakeRequest, fault: NoMemoryAt
+) -> list[Request]:
+    """Requests of all kinds, in an engine as good as new, until the step with the fault is over."""
+    engine.block_manager.drop_cached_prefixes()
+    engine.runner.batch.output_counts = engine.runner.batch.prompt_mask = None
+    requests = requests_of_all_kinds(make_request)
+    for request in requests:
+        engine.add(request)
+    while engine.has_requests and fault.remaining > 0:
+        with fault:
+            engine.step()
+    return requests
+
+
+def exhaust_memory(make_engine: MakeEngine, make_request: MakeRequest, num_points: int) -> None:
+    engine = make_engine(**OPTIONS, num_gpu_blocks_override=17)  # so few that some are preempted
+    no_fault = NoMemoryAt(1 << 60, lasting=False)
+    expected = [r.output_token_ids for r in run_without_memory(engine, make_request, no_fault)]
+    num_allocations = (1 << 60) - no_fault.remaining
+    rng = random.Random(2)
+    for at in rng.sample(range(1, num_allocations + 1), num_points):
+        fault = NoMemoryAt(at, lasting=rng.random() < 0.5)
+        requests = run_without_memory(engine, make_request, fault)
+        assert fault.remaining <= 0
+        failed = [request for request in requests if request.error is not None]
+        assert 0 < len(failed) <= OPTIONS["max_num_seqs"], at
+        for request in failed:
+            assert isinstance(request.error, RequestFailedError)
+            assert isinstance(request.error.__cause__, torch.OutOfMemoryError)
+            assert "OutOfMemoryError" in str(request.error)
+        again = requests_of_all_kinds(make_request)
+        again = [a for a, request in zip(again, requests, strict=True) if request in failed]
+        for request in again:
+            engine.add(request)
+        run(engine)
+        repeated = iter(again)
+        for request, tokens in zip(requests, expected, strict=True):
+            right = next(repeated) if request in failed else request
+            assert right.output_token_ids == tokens, at
+            assert len(right.prompt_logprobs) in (0, right.num_prompt_tokens)
+        assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+        assert not engine.runner.batch.rows
+
+
+def test_a_tensor_that_finds_no_memory_fails_only_the_requests_of_its_step(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    exhaust_memory(make_engine, make_request, num_points=20)
+
+
+@pytest.mark.slow
+def test_two_hundred_tensors_that_find_no_memory(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    exhaust_memory(make_engine, make_request, num_points=200)
 
 
 OUT_OF_RAM = """

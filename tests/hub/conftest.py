@@ -62,6 +62,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each body waits 40 ms for the header's acknowledgement
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
