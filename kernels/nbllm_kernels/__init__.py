@@ -7,6 +7,13 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.decode_state import (
+    BAD_LOGITS,
+    DecodeInputs,
+    DecodeState,
+    append_tokens,
+    decode_inputs,
+)
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
@@ -15,12 +22,17 @@ from nbllm_kernels.sampling import SamplingTensors, gumbel_noise, sample
 from nbllm_kernels.store_kv import store_kv
 
 __all__ = [
+    "BAD_LOGITS",
     "AttentionMetadata",
+    "DecodeInputs",
+    "DecodeState",
     "HeadNorm",
     "PackedWeight",
     "SamplingTensors",
     "Weight",
+    "append_tokens",
     "attention_inputs",
+    "decode_inputs",
     "gelu_and_mul",
     "gumbel_noise",
     "linear",

@@ -5,6 +5,8 @@ Signatures and layouts are those of the ops themselves.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,11 @@ from torch import Tensor
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.gumbel import gumbel_noise
 from nbllm_kernels.sampling_tensors import SamplingTensors
+
+if TYPE_CHECKING:
+    from nbllm_kernels.decode_state import DecodeInputs, DecodeState
+
+BAD_LOGITS = -2  # in place of a token, see `nbllm_kernels.decode_state`
 
 
 def paged_attention(
@@ -137,13 +144,20 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     """argmax(filtered logits / temperature + noise); the plain argmax where temperature is 0."""
     greedy = logits.argmax(dim=-1)
     if params.all_greedy:
-        return greedy
+        return mark_bad_rows(greedy, logits)
+    logits = logits.float()
     is_greedy = params.temperature == 0
     scaled = logits / torch.where(is_greedy, 1.0, params.temperature)[:, None]
     if params.any_filter:
         scaled = filter_logits(scaled, params.top_k, params.top_p, params.min_p)
     noise = gumbel_noise(params.seeds, params.positions, logits.shape[-1])
-    return torch.where(is_greedy, greedy, noise.add_(scaled).argmax(dim=-1))
+    tokens = torch.where(is_greedy, greedy, noise.add_(scaled).argmax(dim=-1))
+    return mark_bad_rows(tokens, logits)
+
+
+def mark_bad_rows(token_ids: Tensor, logits: Tensor) -> Tensor:
+    """-1 in place of a token where the largest logit is no finite number."""
+    return token_ids.masked_fill(~torch.isfinite(logits.amax(dim=-1)), -1)
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -167,3 +181,38 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
         (before >= top_p[:, None]) & (top_p[:, None] < 1.0) & (before > 0), -torch.inf
     )
     return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def decode_inputs(
+    state: DecodeState, rows: Tensor, inputs: DecodeInputs, *, block_size: int
+) -> None:
+    """Look up what the next step of some sequences computes."""
+    is_active = state.is_active[rows] != 0
+    num_tokens = torch.where(is_active, state.num_tokens[rows], 0)
+    positions = (num_tokens - 1).clamp_(min=0).long()
+    tables = state.block_tables[rows]
+    pages = tables.gather(1, positions[:, None] // block_size)[:, 0].long()
+    slots = pages * block_size + positions % block_size
+    inputs.input_ids.copy_(state.last_token[rows])
+    inputs.positions.copy_(positions)
+    inputs.next_positions.copy_(num_tokens)
+    inputs.seq_lens.copy_(num_tokens)
+    inputs.slot_mapping.copy_(torch.where(is_active, slots, -1))
+    inputs.block_tables.copy_(tables)
+    for name in ("temperature", "top_p", "min_p", "top_k", "seeds"):
+        getattr(inputs, name).copy_(getattr(state, name)[rows])
+
+
+def append_tokens(state: DecodeState, rows: Tensor, token_ids: Tensor) -> None:
+    """Give sequences their next tokens and end those that a token or their length ends."""
+    is_active = state.is_active[rows] != 0
+    rows, token_ids = rows[is_active], token_ids[is_active]
+    is_bad = token_ids < 0
+    positions = state.num_tokens[rows].long()
+    entries = (positions << 32) + torch.where(is_bad, BAD_LOGITS, token_ids)
+    state.generated[rows, positions % state.generated.shape[1]] = entries
+    ends = is_bad | (state.stop_ids[rows] == token_ids[:, None]).any(dim=1)
+    ends |= positions + 1 >= state.max_tokens[rows]
+    state.last_token[rows] = torch.where(is_bad, 0, token_ids)
+    state.num_tokens[rows] = (positions + 1).to(state.num_tokens.dtype)
+    state.is_active[rows] = (~ends).to(state.is_active.dtype)

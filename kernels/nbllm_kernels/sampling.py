@@ -20,7 +20,7 @@ _NUM_CANDIDATES = 256  # most likely ids among which filtered rows are drawn, if
 
 
 def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """One token id per row, always below vocab_size.
+    """One token id per row, always below vocab_size; or -1, see below.
 
     In this order: temperature, then min_p, top_k and top_p (each on what the one before left,
     renormalized), then the draw. Ties at the k-th place are all kept, as in transformers; top_p
@@ -28,26 +28,26 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     probability reaches top_p; never fewer than one id.
 
     Args:
-        logits: [N, vocab_size] float32; may be overwritten.
+        logits: [N, vocab_size], of a floating-point dtype; computed in float32.
         params: one entry per row.
 
     Returns:
-        [N] int64.
+        [N] int64; -1 for a row from which nothing can be drawn: one that holds NaN or infinity,
+        or nothing but minus infinity.
 
     Raises:
-        ValueError: logits are not [N, vocab_size] float32.
+        ValueError: logits are not [N, vocab_size] numbers.
     """
-    if logits.ndim != 2 or logits.dtype != torch.float32:
-        raise ValueError(f"logits must be [N, vocab_size] float32: {logits.shape}, {logits.dtype}")
+    if logits.ndim != 2 or not logits.dtype.is_floating_point:
+        raise ValueError(f"logits must be [N, vocab_size] floats: {logits.shape}, {logits.dtype}")
     if runs_triton(logits):
         from nbllm_kernels.gpu import sampling as gpu
 
         return gpu.sample(logits, params)
-    if params.all_greedy:
-        return logits.argmax(dim=-1)
-    if not params.any_filter:
+    if params.all_greedy or not params.any_filter:
         return reference.sample(logits, params)
-    return _sample_filtered(logits, params)
+    logits = logits.float()
+    return reference.mark_bad_rows(_sample_filtered(logits, params), logits)
 
 
 def _sample_filtered(logits: Tensor, params: SamplingTensors) -> Tensor:

@@ -2,25 +2,27 @@
 
 Every request owns one row from its admission until it finishes or is preempted. The host sends
 differences only: the sampling parameters once, new pages as they are allotted, prompt tokens as
-they are scheduled. The token that a decode step starts from is never sent: the sampler left it in
-`last_token`. So a step needs no table rebuilt, and a captured graph can run several steps in a row.
+they are scheduled. What a decode step starts from is never sent: the step before left it in
+`DecodeState`. So a step needs no table rebuilt, and a captured graph can run several in a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nbllm.engine.request import Request
+from nbllm.engine.request import MAX_STOP_IDS, Request
 from nbllm.engine.scheduler import SchedulerOutput
 from nbllm.sampling_params import SamplingParams
-from nbllm_kernels import AttentionMetadata
+from nbllm_kernels import AttentionMetadata, DecodeState
 
-# Columns of the table of float sampling parameters.
-TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
+# Columns of the table of penalties.
+PRESENCE, FREQUENCY, REPETITION = range(3)
+RING = 64  # tokens of a row that the host may be behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,28 @@ class Batch:
         self.vocab_size = vocab_size
         self.batch_invariant = batch_invariant
         self.needs_prompt_lens = needs_prompt_lens
+        self.max_num_seqs = max_num_seqs
+        self.null_row = max_num_seqs  # ended for ever: pads batches
         max_blocks = -(-max_model_len // block_size)
-        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.block_tables = torch.zeros(
-            (max_num_seqs, max_blocks), dtype=torch.int32, device=device
+
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros((max_num_seqs + 1, *shape), dtype=dtype, device=device)
+
+        self.state = DecodeState(
+            last_token=zeros(torch.int64),
+            num_tokens=zeros(torch.int32),
+            max_tokens=zeros(torch.int32),
+            is_active=zeros(torch.int32),
+            stop_ids=zeros(torch.int64, MAX_STOP_IDS),
+            block_tables=zeros(torch.int32, max_blocks),
+            temperature=zeros(torch.float32),
+            top_p=zeros(torch.float32),
+            min_p=zeros(torch.float32),
+            top_k=zeros(torch.int32),
+            seeds=zeros(torch.int64),
+            generated=zeros(torch.int64, RING) - 1,
         )
-        self.floats = torch.zeros((max_num_seqs, 6), dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.penalties = zeros(torch.float32, 3)
         # [max_num_seqs, vocab_size], made when the first request with a penalty arrives.
         self.output_counts: Tensor | None = None
         self.prompt_mask: Tensor | None = None
@@ -101,10 +117,13 @@ class Batch:
         if row is not None:
             self._free_rows.append(row)
 
+    def update(self, requests: Sequence[Request]) -> None:
+        """Bring the tables up to date: rows for requests that have none, pages that are new."""
+        self._add_new(requests)
+        self._send_new_blocks(requests)
+
     def prepare(self, output: SchedulerOutput) -> StepInput:
-        """Bring the tables up to date and build the tensors of the step."""
-        self._add_new([item.request for item in output.scheduled])
-        self._send_new_blocks([item.request for item in output.scheduled])
+        """Build the tensors of a step of any kind; the tables are up to date."""
         scheduled, num_decodes = output.scheduled, output.num_decodes
         rows = [self.rows[item.request] for item in scheduled]
         starts = [item.request.num_computed_tokens for item in scheduled]
@@ -118,13 +137,13 @@ class Batch:
             prompt_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
 
         # One copy to the device for everything that the host knows.
-        rows_t, starts_t, lens_t, loc_t, sampled_t, prompt_t = self._to_device(
+        rows_t, starts_t, lens_t, loc_t, sampled_t, prompt_t = self.to_device(
             rows, starts, lens, loc, sampled, prompt_ids
         )
         seq_lens = starts_t + lens_t
         num_tokens = int(loc[-1])
         max_seq_len = max(start + length for start, length in zip(starts, lens, strict=True))
-        tables = self.block_tables[:, : -(-max_seq_len // self.block_size)][rows_t]
+        tables = self.state.block_tables[:, : -(-max_seq_len // self.block_size)][rows_t]
         if num_tokens == len(scheduled):
             sequence = torch.arange(num_tokens, device=self.device)
             positions = starts_t
@@ -145,7 +164,7 @@ class Batch:
             prompt_lens=self._prompt_lens(output),
         )
         return StepInput(
-            input_ids=torch.cat([self.last_token[rows_t[:num_decodes]], prompt_t]),
+            input_ids=torch.cat([self.state.last_token[rows_t[:num_decodes]], prompt_t]),
             positions=positions,
             attention=metadata,
             sampled_requests=[scheduled[i].request for i in sampled],
@@ -154,21 +173,21 @@ class Batch:
             next_positions=seq_lens[sampled_t],
         )
 
-    def append_tokens(self, step: StepInput, token_ids: Tensor) -> None:
-        """Leave the sampled tokens ([num_sampled] int64) where the next step finds them."""
-        self.last_token[step.sampled_rows] = token_ids
+    def count_tokens(self, step: StepInput, token_ids: Tensor) -> None:
+        """Book sampled tokens ([num_sampled] int64) in the tables of the penalties."""
         if self.output_counts is not None:
             ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
-            self.output_counts.index_put_((step.sampled_rows, token_ids), ones, accumulate=True)
+            index = (step.sampled_rows, token_ids.clamp(min=0))
+            self.output_counts.index_put_(index, ones, accumulate=True)
 
     def _prompt_lens(self, output: SchedulerOutput) -> Tensor | None:
         if not self.needs_prompt_lens or output.num_decodes == len(output.scheduled):
             return None
         requests = [item.request for item in output.scheduled]
         lens = [max(r.num_prompt_tokens, r.restarted_len) for r in requests]
-        return self._to_device(lens)[0]
+        return self.to_device(lens)[0]
 
-    def _add_new(self, requests: list[Request]) -> None:
+    def _add_new(self, requests: Sequence[Request]) -> None:
         new = [request for request in requests if request not in self.rows]
         if not new:
             return
@@ -178,19 +197,30 @@ class Batch:
             self.rows[request] = row
             self._num_blocks_sent[row] = 0
             rows.append(row)
-        params = [request.sampling_params for request in new]
-        rows_t = torch.tensor(rows, device=self.device)
-        self.floats[rows_t] = torch.tensor(
-            [_float_columns(p) for p in params], dtype=torch.float32, device=self.device
-        )
-        top_k = [max(p.top_k, 0) for p in params]
-        self.top_k[rows_t] = torch.tensor(top_k, dtype=torch.int32, device=self.device)
-        seeds = [_signed_64(request.seed) for request in new]
-        self.seeds[rows_t] = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        state, params = self.state, [request.sampling_params for request in new]
         # After a preemption a sequence may come back with all but its last token cached: it
         # decodes at once, from a token that was sampled into another row.
-        last = [request.token_ids[-1] for request in new]
-        self.last_token[rows_t] = torch.tensor(last, dtype=torch.int64, device=self.device)
+        rows_t, last, num_tokens, max_tokens, top_k, seeds, stop_ids = self.to_device(
+            rows,
+            [request.token_ids[-1] for request in new],
+            [request.num_tokens for request in new],
+            [request.num_prompt_tokens + request.max_tokens for request in new],
+            [max(p.top_k, 0) for p in params],
+            [_signed_64(request.seed) for request in new],
+            [i for request in new for i in _stop_ids(request)],
+        )
+        state.last_token[rows_t] = last
+        state.num_tokens[rows_t] = num_tokens.to(torch.int32)
+        state.max_tokens[rows_t] = max_tokens.to(torch.int32)
+        state.is_active[rows_t] = 1
+        state.stop_ids[rows_t] = stop_ids.view(-1, MAX_STOP_IDS)
+        state.top_k[rows_t] = top_k.to(torch.int32)
+        state.seeds[rows_t] = seeds
+        floats = torch.tensor([_float_columns(p) for p in params], dtype=torch.float32)
+        floats = floats.to(self.device)
+        for column, table in enumerate((state.temperature, state.top_p, state.min_p)):
+            table[rows_t] = floats[:, column]
+        self.penalties[rows_t] = floats[:, 3:]
         for request, row in zip(new, rows, strict=True):
             self._count_tokens(request, row)
 
@@ -211,7 +241,7 @@ class Batch:
         self.prompt_mask[row, prompt] = True
         self.output_counts[row] = torch.bincount(output, minlength=self.vocab_size)
 
-    def _send_new_blocks(self, requests: list[Request]) -> None:
+    def _send_new_blocks(self, requests: Sequence[Request]) -> None:
         rows: list[int] = []
         columns: list[int] = []
         blocks: list[int] = []
@@ -224,10 +254,10 @@ class Batch:
                 blocks += request.block_table[sent:]
                 self._num_blocks_sent[row] = total
         if rows:
-            rows_t, columns_t, blocks_t = self._to_device(rows, columns, blocks)
-            self.block_tables[rows_t, columns_t] = blocks_t.to(torch.int32)
+            rows_t, columns_t, blocks_t = self.to_device(rows, columns, blocks)
+            self.state.block_tables[rows_t, columns_t] = blocks_t.to(torch.int32)
 
-    def _to_device(self, *arrays: list[int] | np.ndarray) -> tuple[Tensor, ...]:
+    def to_device(self, *arrays: list[int] | np.ndarray) -> tuple[Tensor, ...]:
         """Several int64 arrays to the device in one copy."""
         sizes = [len(array) for array in arrays]
         host = torch.from_numpy(np.concatenate([np.asarray(a, dtype=np.int64) for a in arrays]))
@@ -246,14 +276,19 @@ def has_penalties(params: SamplingParams) -> bool:
 
 
 def _float_columns(params: SamplingParams) -> list[float]:
-    columns = [0.0] * 6
-    columns[TEMPERATURE] = params.temperature
-    columns[TOP_P] = params.top_p
-    columns[MIN_P] = params.min_p
-    columns[PRESENCE] = params.presence_penalty
-    columns[FREQUENCY] = params.frequency_penalty
-    columns[REPETITION] = params.repetition_penalty
-    return columns
+    penalties = [0.0] * 3
+    penalties[PRESENCE] = params.presence_penalty
+    penalties[FREQUENCY] = params.frequency_penalty
+    penalties[REPETITION] = params.repetition_penalty
+    return [params.temperature, params.top_p, params.min_p, *penalties]
+
+
+def _stop_ids(request: Request) -> list[int]:
+    """Ids that end the text, -1 in the places that are left."""
+    ids = request.stop_ids
+    if len(ids) > MAX_STOP_IDS:
+        ids = []
+    return ids + [-1] * (MAX_STOP_IDS - len(ids))
 
 
 def _signed_64(value: int) -> int:

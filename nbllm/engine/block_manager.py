@@ -119,6 +119,14 @@ class BlockManager:
             request.block_table.append(self._pop_free())
         return True
 
+    def can_grow(self, wanted: Iterable[tuple[Request, int]]) -> bool:
+        """True if all of these requests could grow to so many tokens."""
+        num_new = sum(
+            max(self.num_blocks_for(num_tokens) - len(request.block_table), 0)
+            for request, num_tokens in wanted
+        )
+        return num_new <= self.num_free_blocks
+
     def register_full_blocks(self, request: Request) -> None:
         """Make the pages that are full by now findable by later requests."""
         if not self._shares(request):

@@ -14,7 +14,7 @@ import torch
 
 from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
-from nbllm.engine.model_runner import ModelRunner, StepOutput
+from nbllm.engine.model_runner import ModelRunner, PendingStep, StepOutput
 from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.scheduler import Scheduler, SchedulerOutput
 from nbllm.errors import EngineDeadError, RequestFailedError
@@ -46,6 +46,7 @@ class Engine:
         )
         self.scheduler = Scheduler(config, self.block_manager)
         self.check_integrity = check_integrity
+        self._pending: PendingStep | None = None
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -54,22 +55,33 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """True if a step would have something to do."""
-        return self.scheduler.has_requests
+        return self.scheduler.has_requests or self._pending is not None
 
     def add(self, request: Request) -> None:
         """Take a new request."""
         self.scheduler.add(request)
 
     def abort(self, requests: Iterable[Request]) -> list[Request]:
-        """End requests that are not finished; returns those that this call ended."""
+        """End requests that are not finished.
+
+        Returns:
+            those that this call ended, and those that a step changed which had to end first: no
+            page is given back while the device may write it.
+        """
+        changed: list[Request] = []
+        while self._pending is not None:
+            changed += self.step(ahead=False)
         ended = [request for request in requests if not request.is_finished]
         for request in ended:
             self.scheduler.finish(request, FinishReason.ABORT)
             self._retire(request)
-        return ended
+        return [*changed, *ended]
 
-    def step(self) -> list[Request]:
-        """Run one step.
+    def step(self, *, ahead: bool = True) -> list[Request]:
+        """Take the result of a step, having enqueued the next one if it needs none of it.
+
+        Args:
+            ahead: whether to enqueue a next one.
 
         Returns:
             the requests that changed: got a token, finished or failed.
@@ -77,23 +89,39 @@ class Engine:
         Raises:
             EngineDeadError: the device can't go on in this process; every request has failed.
         """
-        output: SchedulerOutput | None = None
+        outputs: list[SchedulerOutput] = []
         try:
-            output = self.scheduler.schedule()
-            for request in output.preempted:
-                self.runner.batch.remove(request)
-            if not output.scheduled:
-                return []
-            result = self.runner.execute(output)
-            changed = self._apply(output, result)
+            pending, self._pending = self._pending, None
+            if pending is None:
+                output = self.scheduler.schedule(self.runner.max_steps)
+                outputs.append(output)
+                for request in output.preempted:
+                    self.runner.batch.remove(request)
+                if not output.scheduled:
+                    return []
+                pending = self.runner.launch(output)
+            else:
+                outputs.append(pending.output)
+            if ahead and self.runner.max_steps > 1:
+                following = self.scheduler.schedule_ahead(pending.output, self.runner.max_steps)
+                if following is not None:
+                    outputs.append(following)
+                    self._pending = self.runner.launch(following)
+            changed = self._apply(pending.output, pending.result())
         except BaseException as error:  # whatever it is, the other requests go on
-            return self._recover(output, error)
+            return self._recover(outputs, error)
         if self.check_integrity:
             self.scheduler.check_integrity()
         return changed
 
     def fail_all(self, error: BaseException) -> list[Request]:
         """End every request with `error`; returns them."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()  # no page is given back while the device may write it
+            except Exception:
+                pass  # the device is dead
         requests = list(self.scheduler.requests.values())
         for request in requests:
             self.scheduler.finish(request, FinishReason.ERROR, error)
@@ -102,6 +130,7 @@ class Engine:
 
     def release(self) -> None:
         """Free weights and KV cache. The engine can't be used afterwards."""
+        self._pending = None
         self.runner.release()
 
     def metrics(self) -> dict[str, float | int]:
@@ -126,7 +155,10 @@ class Engine:
 
     def _apply(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
         """Book a step that succeeded."""
-        self.num_steps += 1
+        self.num_steps += output.num_steps
+        for request in [r for r in (*result.failed, *result.sampled) if r.is_finished]:
+            result.failed.pop(request, None)
+            result.sampled.pop(request, None)  # it ended in the step before this one
         for request, error in result.failed.items():
             self.runner.zero_blocks(self.block_manager.forget_content(request))
             self.scheduler.finish(request, FinishReason.ERROR, error)
@@ -143,18 +175,19 @@ class Engine:
             remaining = request.num_prompt_tokens - computed
             self.num_prompt_tokens += min(max(remaining, 0), item.num_scheduled_tokens)
         self.scheduler.advance(output, result.sampled)
-        self.num_generated_tokens += len(result.sampled)
+        self.num_generated_tokens += sum(map(len, result.sampled.values()))
         changed = [*result.sampled, *result.failed]
         for request in changed:
             if request.is_finished:
                 self._retire(request)
         return changed
 
-    def _recover(self, output: SchedulerOutput | None, error: BaseException) -> list[Request]:
+    def _recover(self, outputs: list[SchedulerOutput], error: BaseException) -> list[Request]:
         """After an exception in a step: fail the requests of the step, start the others again.
 
         What the step had changed by then is unknown, so no page survives it.
         """
+        self._pending = None
         if _is_device_dead(self.runner, error):
             dead = EngineDeadError("the GPU reported an error that only a kernel restart clears")
             dead.__cause__ = error
@@ -167,8 +200,8 @@ class Engine:
         changed = self.scheduler.restart()
         self.runner.batch.clear()
         self.runner.zero_blocks(sorted(used))
-        if output is not None:
-            affected = [item.request for item in output.scheduled]
+        if outputs:
+            affected = [item.request for output in outputs for item in output.scheduled]
         else:  # scheduling itself failed: trying again with the same requests would fail again
             affected = list(self.scheduler.requests.values())
         for request in affected:

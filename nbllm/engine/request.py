@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from nbllm.outputs import PositionLogprobs, RequestMetrics
 from nbllm.sampling_params import SamplingParams
 
+MAX_STOP_IDS = 8
+"""Token ids for which the device looks; a request with more of them is ended by the host alone."""
+
 StopChecker = Callable[[list[int]], str | None]
 """Fed with newly sampled ids; returns the stop string that they complete, or None."""
 
@@ -138,6 +141,43 @@ class Request:
         """Prompt log-probabilities need every prompt token computed."""
         params = self.sampling_params
         return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Prompt and generated tokens together, once it ends by length."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end the text, `min_tokens` permitting."""
+        return sorted({*self.eos_token_ids, *(self.sampling_params.stop_token_ids or ())})
+
+    @property
+    def shapes_logits(self) -> bool:
+        """True if the next token depends on more than the model's logits and the filters, or more
+        is reported of it than its id: the step can't run on the device alone."""
+        params = self.sampling_params
+        return (
+            params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or params.repetition_penalty != 1.0
+            or params.logprobs is not None
+            or params.logprob_token_ids is not None
+            or params.allowed_token_ids is not None
+            or bool(params.logit_bias)
+            or bool(self.bad_words_token_ids)
+            or self.num_output_tokens < params.min_tokens
+        )
+
+    @property
+    def needs_every_token(self) -> bool:
+        """True if only the host can tell whether a token ends the text, or what follows it."""
+        return (
+            self.stop_checker is not None
+            or self.sampling_params.repetition_detection is not None
+            or self.restart_len is not None
+            or len(self.stop_ids) > MAX_STOP_IDS
+        )
 
     def start_running(self) -> None:
         """WAITING -> RUNNING."""

@@ -7,17 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nbllm.engine.batch import (
-    FREQUENCY,
-    MIN_P,
-    PRESENCE,
-    REPETITION,
-    TEMPERATURE,
-    TOP_P,
-    Batch,
-    StepInput,
-    has_penalties,
-)
+from nbllm.engine.batch import FREQUENCY, PRESENCE, REPETITION, Batch, StepInput, has_penalties
 from nbllm.engine.request import Request
 from nbllm.errors import RequestFailedError
 from nbllm_kernels import SamplingTensors, sample
@@ -49,21 +39,21 @@ class Sampler:
             batch: the tables.
 
         Returns:
-            [num_sampled] int64 token ids.
+            [num_sampled] int64 token ids; -1 as in `nbllm_kernels.sample`.
         """
         requests = step.sampled_requests
         restrict(logits, requests)
         penalized = [i for i, r in enumerate(requests) if has_penalties(r.sampling_params)]
         if penalized:
             self._apply_penalties(logits, step, batch, penalized)
-        floats = batch.floats[step.sampled_rows]
+        state, rows = batch.state, step.sampled_rows
         params = [request.sampling_params for request in requests]
         tensors = SamplingTensors(
-            temperature=floats[:, TEMPERATURE],
-            top_k=batch.top_k[step.sampled_rows],
-            top_p=floats[:, TOP_P],
-            min_p=floats[:, MIN_P],
-            seeds=batch.seeds[step.sampled_rows],
+            temperature=state.temperature[rows],
+            top_k=state.top_k[rows],
+            top_p=state.top_p[rows],
+            min_p=state.min_p[rows],
+            seeds=state.seeds[rows],
             positions=step.next_positions,
             all_greedy=all(p.temperature == 0.0 for p in params),
             any_filter=any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
@@ -77,14 +67,14 @@ class Sampler:
         assert batch.output_counts is not None
         index = torch.tensor(penalized, device=logits.device)
         rows = step.sampled_rows[index]
-        floats = batch.floats[rows]
+        penalties = batch.penalties[rows]
         logits[index] = apply_penalties(
             logits[index],
             batch.prompt_mask[rows],
             batch.output_counts[rows],
-            repetition=floats[:, REPETITION],
-            frequency=floats[:, FREQUENCY],
-            presence=floats[:, PRESENCE],
+            repetition=penalties[:, REPETITION],
+            frequency=penalties[:, FREQUENCY],
+            presence=penalties[:, PRESENCE],
         )
 
 

@@ -39,11 +39,22 @@ class SchedulerOutput:
             first, the others after them.
         num_decodes: how many of `scheduled` decode.
         preempted: requests that lost their pages to the others.
+        num_steps: the step is run so many times in a row, each time on the tokens that the last
+            one sampled; more than one only if all requests decode.
+        num_unknown_tokens: tokens of each request that the step before samples, which the host
+            has not heard of yet.
     """
 
     scheduled: tuple[ScheduledRequest, ...]
     num_decodes: int
     preempted: tuple[Request, ...]
+    num_steps: int = 1
+    num_unknown_tokens: int = 0
+
+    @property
+    def only_decodes(self) -> bool:
+        """True if every request of the step decodes."""
+        return self.num_decodes == len(self.scheduled)
 
 
 class Scheduler:
@@ -87,8 +98,12 @@ class Scheduler:
         self.requests[request.request_id] = request
         self._push_waiting(request)
 
-    def schedule(self) -> SchedulerOutput:
-        """Hand out the tokens of the next step and the pages they need."""
+    def schedule(self, max_steps: int = 1) -> SchedulerOutput:
+        """Hand out the tokens of the next step and the pages they need.
+
+        Args:
+            max_steps: upper bound on `SchedulerOutput.num_steps`.
+        """
         budget = self.max_num_batched_tokens
         decodes: list[ScheduledRequest] = []
         prefills: list[ScheduledRequest] = []
@@ -107,31 +122,71 @@ class Scheduler:
         if not preempted:
             self._admit_waiting(budget, prefills)
         lost = (*restarted, *preempted)
-        return SchedulerOutput(tuple(decodes + prefills), len(decodes), lost)
+        num_steps = 1
+        if not prefills and decodes:
+            num_steps = self._reserve_steps([item.request for item in decodes], 0, max_steps)
+        return SchedulerOutput(tuple(decodes + prefills), len(decodes), lost, max(num_steps, 1))
 
-    def advance(self, output: SchedulerOutput, sampled: dict[Request, int]) -> None:
+    def schedule_ahead(self, output: SchedulerOutput, max_steps: int) -> SchedulerOutput | None:
+        """What follows `output`, before anything is known of the tokens that it samples; all that
+        was scheduled before it is booked.
+
+        Requests that a token ends in the meantime are in it: the device passes them over.
+
+        Returns:
+            None if what follows depends on those tokens, or if somebody waits for a place that
+            may become free, or for pages.
+        """
+        if len(output.scheduled) != len(self.running):
+            return None
+        num_unknown = output.num_steps
+        going_on = [
+            item
+            for item in output.scheduled
+            if item.request.num_tokens + num_unknown < item.request.max_num_tokens
+        ]
+        if not going_on or (self._num_waiting and len(going_on) < self.max_num_seqs):
+            return None
+        if any(i.request.needs_every_token or i.request.shapes_logits for i in going_on):
+            return None
+        if not all(item.samples for item in output.scheduled):
+            return None
+        requests = [item.request for item in going_on]
+        num_steps = self._reserve_steps(requests, num_unknown, max_steps)
+        if num_steps == 0:
+            return None
+        scheduled = tuple(ScheduledRequest(request, 1) for request in requests)
+        return SchedulerOutput(scheduled, len(scheduled), (), num_steps, num_unknown)
+
+    def advance(self, output: SchedulerOutput, sampled: dict[Request, list[int]]) -> None:
         """Book the tokens of a step that succeeded; append what was sampled.
 
         Args:
             output: what `schedule()` returned for the step.
-            sampled: the new token of every request whose last token was computed.
+            sampled: the new tokens of every request whose last token was computed, one for each
+                of the steps up to the one that ended it.
         """
         for item in output.scheduled:
             request = item.request
             if request.is_finished:
-                continue  # it failed alone while the step ran
+                continue  # it failed alone while the step ran, or an earlier step ended it
             request.num_computed_tokens += item.num_scheduled_tokens
-            self.block_manager.register_full_blocks(request)
-            if request in sampled:
+            for number, token in enumerate(sampled.get(request, ())):
+                if number:
+                    request.num_computed_tokens += 1  # of the token before this one
                 try:
-                    request.append(sampled[request])
+                    request.append(token)
                 except Exception as error:  # a stop checker that fails concerns its request only
                     self.finish(request, FinishReason.ERROR, error)
                 if request.is_finished:
-                    self._forget(request)
-                elif request.num_tokens == request.restart_len:
-                    request.begin_restart()
-                    self._preempt(request, self._restarted)
+                    break
+            if request.block_table:
+                self.block_manager.register_full_blocks(request)
+            if request.is_finished:
+                self._forget(request)
+            elif request.num_tokens == request.restart_len:
+                request.begin_restart()
+                self._preempt(request, self._restarted)
 
     def finish(
         self, request: Request, reason: FinishReason, error: BaseException | None = None
@@ -192,6 +247,36 @@ class Scheduler:
             if victim is request:
                 return False
         return True
+
+    def _reserve_steps(self, requests: list[Request], num_unknown: int, max_steps: int) -> int:
+        """Take pages for several steps of requests that all decode, without preempting anybody.
+
+        Args:
+            num_unknown: tokens that each of them has beyond those that the host knows.
+            max_steps: upper bound.
+
+        Returns:
+            how many steps; 0 if there are no pages even for one.
+        """
+        num_steps = max_steps
+        if any(request.needs_every_token or request.shapes_logits for request in requests):
+            num_steps = 1
+        if self._num_waiting:  # the first place that becomes free is somebody's
+            num_steps = min(
+                num_steps,
+                *(r.max_num_tokens - r.num_tokens - num_unknown for r in requests),
+            )
+        while num_steps:
+            # The last token that is sampled needs no page yet.
+            wanted = [
+                min(r.num_tokens + num_unknown + num_steps, r.max_num_tokens) - 1 for r in requests
+            ]
+            if self.block_manager.can_grow(zip(requests, wanted, strict=True)):
+                for request, num_tokens in zip(requests, wanted, strict=True):
+                    self.block_manager.grow(request, num_tokens)
+                break
+            num_steps //= 2
+        return num_steps
 
     def _preempt(self, request: Request, preempted: list[Request]) -> None:
         self.running.remove(request)

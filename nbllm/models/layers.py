@@ -72,7 +72,7 @@ class Embedding(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to float32 logits, with a table of its own or the embedding's.
+    """Hidden states to logits, with a table of its own or the embedding's.
 
     Args:
         embedding: tie to this one, or None.
@@ -109,10 +109,9 @@ class LanguageModelHead(nn.Module):
             embedding = self._tied[0]
             assert embedding is not None
             logits = linear(hidden, embedding.table, batch_invariant=self.batch_invariant)
-        logits = logits.float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits.float() / self.softcap)
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -84,7 +84,7 @@ def test_a_device_that_is_lost_ends_everything_with_its_cause(
         raise lost
 
     monkeypatch.setattr("nbllm.engine.engine._is_device_dead", lambda runner, error: True)
-    thread.call(lambda engine: monkeypatch.setattr(engine.runner, "execute", broken))
+    thread.call(lambda engine: monkeypatch.setattr(engine.runner, "launch", broken))
     request, stream = make_request([1, 2, 3]), RequestStream()
     thread.submit([request], stream)
     read_all(stream, request)
@@ -102,14 +102,14 @@ def test_a_step_that_is_stuck_is_not_healthy(
     entered, release = threading.Event(), threading.Event()
 
     def install(engine: Engine) -> None:
-        execute = engine.runner.execute
+        execute = engine.runner.launch
 
         def wait_then_execute(output: Any) -> Any:
             entered.set()
             release.wait(30)
             return execute(output)
 
-        monkeypatch.setattr(engine.runner, "execute", wait_then_execute)
+        monkeypatch.setattr(engine.runner, "launch", wait_then_execute)
 
     thread.call(install)
     assert thread.is_healthy(stuck_after_s=0.0)

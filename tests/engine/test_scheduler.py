@@ -26,7 +26,7 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 4, **options: object)
 def advance(scheduler: Scheduler, token: int = 7) -> SchedulerOutput:
     """One step in which every request that samples gets `token`."""
     output = scheduler.schedule()
-    scheduler.advance(output, {i.request: token for i in output.scheduled if i.samples})
+    scheduler.advance(output, {i.request: [token] for i in output.scheduled if i.samples})
     scheduler.check_integrity()
     return output
 
@@ -210,7 +210,7 @@ def test_any_workload_keeps_the_invariants_and_ends(
         assert all(i.num_scheduled_tokens == 1 and i.samples for i in decodes)
         if scheduler.has_requests:
             assert output.scheduled or output.preempted, "nothing happens"
-        sampled = {i.request: rng.randrange(3) for i in output.scheduled if i.samples}
+        sampled = {i.request: [rng.randrange(3)] for i in output.scheduled if i.samples}
         scheduler.advance(output, sampled)
         scheduler.check_integrity()
         if head is not None and policy == "fcfs":

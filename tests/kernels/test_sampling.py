@@ -50,7 +50,7 @@ def test_greedy_takes_the_lowest_of_the_best_ids(
     logits[3] -= 100.0  # below anything that padding could be
     tokens = sample(logits.clone(), make_params(device, [0.0] * 4))
     expected = [int(row.argmax()) for row in logits.cpu()]
-    assert tokens.tolist() == [expected[0], vocab_size // 2, 0, expected[3]]
+    assert tokens.tolist() == [expected[0], vocab_size // 2, -1, expected[3]]
 
 
 @pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
@@ -136,22 +136,27 @@ def test_a_masked_tail_is_never_drawn(
         params = make_params(device, [temperature] * 5, **options)
         tokens = sample(logits.clone(), params).tolist()
         assert all(tokens[i] < num_allowed[i] for i in range(4))
-        assert tokens[:4] == reference.sample(logits, params)[:4].tolist()
-        assert 0 <= tokens[4] < vocab_size
+        assert tokens == reference.sample(logits, params).tolist()
+        assert tokens[4] == -1
 
 
-def test_degenerate_rows_give_an_id_of_the_vocabulary(device: torch.device) -> None:
+def test_rows_from_which_nothing_can_be_drawn_are_marked(device: torch.device) -> None:
     from nbllm_kernels.gpu.sampling import sample
 
-    logits = torch.zeros(4, 9000, device=device)
+    logits = torch.zeros(6, 9000, device=device)
     logits[0] = torch.nan
     logits[1] = -torch.inf
-    logits[2] = torch.inf
+    logits[2, 8999] = torch.inf
     logits[3, 5:] = torch.nan
-    for options in ({}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}):
-        tokens = sample(logits.clone(), make_params(device, [1.0] * 4, **options))
-        assert bool(((tokens >= 0) & (tokens < 9000)).all())
-    assert int(sample(logits, make_params(device, [1.0] * 4))[3]) < 5
+    logits[4, 1:] = -torch.inf
+    for temperature in (0.0, 1.0):
+        for options in ({}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}):
+            params = make_params(device, [temperature] * 6, **options)
+            tokens = sample(logits.clone(), params).tolist()
+            assert tokens[:5] == [-1, -1, -1, -1, 0]
+            assert 0 <= tokens[5] < 9000
+            on_cpu = make_params(torch.device("cpu"), [temperature] * 6, **options)
+            assert tokens == reference.sample(logits.cpu(), on_cpu).tolist()
 
 
 @given(
@@ -206,14 +211,25 @@ def test_a_row_does_not_depend_on_the_others(
         assert int(sample(logits[i : i + 1].clone(), one)) == int(together[i])
 
 
+def test_logits_of_half_precision_are_drawn_from_as_they_are(
+    random_tensor: Callable[..., Tensor], device: torch.device
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(6, 5000, dtype=torch.float16)
+    for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_k": 9, "top_p": 0.9})):
+        params = make_params(device, [temperature] * 6, **options)
+        assert torch.equal(sample(logits, params), sample(logits.float(), params))
+
+
 def test_wrong_arguments_are_refused(
     random_tensor: Callable[..., Tensor], device: torch.device
 ) -> None:
     from nbllm_kernels.gpu.sampling import sample
 
     params = make_params(device, [1.0, 1.0])
-    with pytest.raises(ValueError, match="logits must be float32"):
-        sample(random_tensor(2, 50, dtype=torch.float16), params)
+    with pytest.raises(ValueError, match="logits must be float16, bfloat16 or float32"):
+        sample(random_tensor(2, 50).to(torch.int32), params)
     with pytest.raises(ValueError, match="seeds must be"):
         sample(random_tensor(3, 50), params)
     with pytest.raises(ValueError, match="stride 1"):

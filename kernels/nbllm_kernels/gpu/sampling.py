@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nbllm_kernels.gpu.gumbel import gumbel_noise, noise_keys
-from nbllm_kernels.gpu.validation import describe, require, require_float, require_index
+from nbllm_kernels.gpu.validation import require, require_float, require_index
 from nbllm_kernels.sampling_tensors import SamplingTensors
 
 _BLOCK = 2048  # ids at a time
@@ -30,7 +30,7 @@ def _scaled_logits(
     logits_ptr: tl.tensor, ids: tl.tensor, temperature: tl.tensor, VOCAB_SIZE: tl.constexpr
 ) -> tl.tensor:
     """logits / temperature (as they are where it is 0); NaN and what lies past the end: -inf."""
-    x = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=float("-inf"))
+    x = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
     divisor = tl.where(temperature == 0.0, 1.0, temperature)
     # Adding zero makes -0 a 0, which equals it but has other bits.
@@ -133,7 +133,7 @@ def _search(
 
 @triton.jit
 def _threshold_kernel(
-    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE] float32
+    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE]
     temperature_ptr: tl.tensor,  # [N] float32
     top_k_ptr: tl.tensor,  # [N] int32
     top_p_ptr: tl.tensor,  # [N] float32
@@ -210,7 +210,7 @@ def _threshold_kernel(
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE] float32
+    logits_ptr: tl.tensor,  # [N, VOCAB_SIZE]
     temperature_ptr: tl.tensor,  # [N] float32
     seeds_ptr: tl.tensor,  # [N] int64
     positions_ptr: tl.tensor,  # [N] int64
@@ -247,7 +247,9 @@ def _draw_kernel(
             value += gumbel_noise(ids, key_0, key_1)
     best = tl.argmax(value, axis=0, tie_break_left=True)
     output = row * tl.num_programs(1) + tile
-    tl.store(value_ptr + output, tl.max(value, axis=0))
+    raw = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=0.0).to(tl.float32)
+    is_bad = tl.max(((raw != raw) | (raw == float("inf"))).to(tl.int32), axis=0) != 0
+    tl.store(value_ptr + output, tl.where(is_bad, float("inf"), tl.max(value, axis=0)))
     tl.store(id_ptr + output, tile * BLOCK + best)
 
 
@@ -264,11 +266,14 @@ def _combine_kernel(
     value = tl.load(value_ptr + row * NUM_TILES + tile, mask=tile < NUM_TILES, other=float("-inf"))
     # A tile past the end comes after the others, so that it never wins, not even at -inf.
     best = tl.argmax(value, axis=0, tie_break_left=True)
-    tl.store(token_ptr + row, tl.load(id_ptr + row * NUM_TILES + best).to(tl.int64))
+    token = tl.load(id_ptr + row * NUM_TILES + best).to(tl.int64)
+    highest = tl.max(value, axis=0)
+    is_bad = (highest == float("inf")) | (highest == float("-inf"))
+    tl.store(token_ptr + row, tl.where(is_bad, -1, token))
 
 
 def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
-    """See `nbllm_kernels.sample`. Logits of NaN count as minus infinity.
+    """See `nbllm_kernels.sample`.
 
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
@@ -334,7 +339,6 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
 def _check(logits: Tensor, params: SamplingTensors) -> tuple[int, int]:
     require_float("logits", logits, 2)
     num_rows, vocab_size = logits.shape
-    require(logits.dtype == torch.float32, f"logits must be float32: {describe(logits)}")
     require(0 < vocab_size <= _MAX_VOCAB_SIZE, f"vocab_size is {vocab_size}")
     shape, device = (num_rows,), logits.device
     if not params.all_greedy:

@@ -1,0 +1,216 @@
+"""Several steps in a row, and steps ahead of the last result, change nothing but the time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nbllm import RequestFailedError, SamplingParams
+from nbllm.config import EngineConfig
+from nbllm.engine.engine import Engine
+from nbllm.engine.loading import load_engine
+from nbllm.engine.request import FinishReason, Request
+
+MakeEngine = Callable[..., Engine]
+MakeRequest = Callable[..., Request]
+OPTIONS: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "max_model_len": 96}
+
+
+def make_jobs(seed: int, count: int = 14) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts and how to continue them: all that ends a text, on the device or on the host."""
+    rng = random.Random(seed)
+    jobs = []
+    for _ in range(count):
+        prompt = [rng.randrange(2, 500) for _ in range(rng.randrange(1, 30))]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            stop_token_ids=rng.sample(range(500), rng.choice([0, 5, 60])),
+            min_tokens=rng.choice([0, 0, 3]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
+            ignore_eos=True,
+        )
+        max_tokens = rng.randrange(1, 40)
+        jobs.append(
+            (prompt, {"params": params, "max_tokens": max_tokens, "seed": rng.randrange(99)})
+        )
+    return jobs
+
+
+def run(engine: Engine) -> None:
+    while engine.has_requests:
+        engine.step()
+
+
+def outcomes(requests: list[Request]) -> list[tuple[list[int], FinishReason | None, Any]]:
+    return [(r.output_token_ids, r.finish_reason, r.stop_reason) for r in requests]
+
+
+@pytest.fixture
+def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[[int], Any]:
+    """What each job gives alone, one step at a time."""
+
+    def outcomes_alone(seed: int) -> Any:
+        engine = make_engine(**OPTIONS)
+        requests = [make_request(prompt, **options) for prompt, options in make_jobs(seed)]
+        for request in requests:
+            engine.add(request)
+            run(engine)
+        return outcomes(requests)
+
+    return outcomes_alone
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 16}], ids=["roomy", "tight"])
+def test_steps_in_a_row_and_ahead_give_the_tokens_of_single_steps(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    expected: Callable[[int], Any],
+    max_steps: int,
+    options: dict[str, Any],
+) -> None:
+    for seed in range(3):
+        engine = make_engine(**(OPTIONS | options))
+        engine.runner.max_steps = max_steps
+        rng = random.Random(seed)
+        requests = [make_request(prompt, **job) for prompt, job in make_jobs(seed)]
+        for request in requests:
+            engine.add(request)
+            for _ in range(rng.randrange(3)):
+                engine.step()
+        run(engine)
+        assert outcomes(requests) == expected(seed)
+        assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+        assert not engine.runner.batch.rows
+
+
+def test_a_request_that_is_aborted_while_a_step_is_pending_frees_its_pages(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(**OPTIONS)
+    engine.runner.max_steps = 4
+    requests = [make_request([5, 6, 7], max_tokens=60) for _ in range(3)]
+    for request in requests:
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+    assert engine._pending is not None
+    changed = engine.abort(requests[:1])
+    assert requests[0] in changed and requests[1] in changed
+    assert engine._pending is None
+    run(engine)
+    assert [r.num_output_tokens for r in requests[1:]] == [60, 60]
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+
+
+def test_an_error_fails_the_requests_of_all_pending_steps(
+    make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(**OPTIONS)
+    engine.runner.max_steps = 4
+    requests = [make_request([5, 6, 7], max_tokens=60) for _ in range(3)]
+    for request in requests:
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.decode_loop, "run", broken)
+        engine.step()
+    assert all(isinstance(request.error, RequestFailedError) for request in requests)
+    assert not engine.has_requests
+    again = make_request([5, 6, 7], max_tokens=8)
+    engine.add(again)
+    run(engine)
+    assert again.finish_reason is FinishReason.LENGTH
+
+
+def test_logits_that_go_bad_in_a_later_step_fail_the_row_alone(
+    make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(**OPTIONS)
+    engine.runner.max_steps = 8
+    bad, good = make_request([5, 6, 7], max_tokens=30), make_request([8, 9], max_tokens=30)
+    model: Any = engine.runner.model
+    forward = model.forward
+
+    def poisoned(input_ids: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:
+        hidden: torch.Tensor = forward(input_ids, positions, *rest)
+        return torch.where((positions == 20)[:, None], torch.nan, hidden)
+
+    monkeypatch.setattr(model, "forward", poisoned)
+    good.max_tokens = 15
+    for request in (bad, good):
+        engine.add(request)
+    run(engine)
+    assert isinstance(bad.error, RequestFailedError) and "NaN" in str(bad.error)
+    assert good.finish_reason is FinishReason.LENGTH
+    assert good.num_output_tokens == 15
+
+
+@pytest.fixture
+def make_gpu_engine(make_checkpoint: Callable[..., Any]) -> Callable[..., Engine]:
+    """The tiny Qwen 3 in float32 on a GPU, with CUDA graphs unless told otherwise."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+    def make(**options: Any) -> Engine:
+        folder, _ = make_checkpoint("Qwen3", head_dim=16, num_hidden_layers=2)
+        options = {"device": "cuda", "dtype": "float32", "block_size": 8} | options
+        engine = load_engine(folder, EngineConfig(**options)).engine
+        engine.check_integrity = True
+        return engine
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 16}], ids=["roomy", "tight"])
+def test_captured_steps_give_the_tokens_of_eager_ones(
+    make_gpu_engine: MakeEngine, make_request: MakeRequest, options: dict[str, Any]
+) -> None:
+    for seed in range(3):
+        alone = make_gpu_engine(**OPTIONS, enforce_eager=True)
+        expected_requests = [make_request(prompt, **job) for prompt, job in make_jobs(seed)]
+        for request in expected_requests:
+            alone.add(request)
+            run(alone)
+        assert alone.runner.decode_loop.num_replays == 0
+        engine = make_gpu_engine(**(OPTIONS | options))
+        for _ in range(2):  # the second time everything is captured
+            requests = [make_request(prompt, **job) for prompt, job in make_jobs(seed)]
+            for request in requests:
+                engine.add(request)
+            before = engine.runner.decode_loop.num_replays
+            run(engine)
+            assert outcomes(requests) == outcomes(expected_requests)
+            assert engine.runner.decode_loop.num_replays > before + 20
+        assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+        alone.release()
+        engine.release()
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_engine_running_without(
+    make_gpu_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_gpu_engine(**OPTIONS)
+
+    def broken(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(engine.runner.decode_loop, "_capture", broken)
+    request = make_request([5, 6, 7], max_tokens=40)
+    engine.add(request)
+    run(engine)
+    assert request.finish_reason is FinishReason.LENGTH
+    assert engine.runner.decode_loop.num_replays == 0
+    engine.release()
