@@ -58,13 +58,16 @@ def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         ValueError: `approximate` is neither "none" nor "tanh".
     """
-    require(approximate in ("none", "tanh"), f"approximate must be none or tanh: {approximate!r}")
+    require(
+        approximate in ("none", "tanh"),
+        lambda: f"approximate must be none or tanh: {approximate!r}",
+    )
     return _act_and_mul(x, "gelu" if approximate == "none" else "gelu_tanh")
 
 
 def _act_and_mul(x: Tensor, activation: str) -> Tensor:
     require_float("x", x)
-    require(x.shape[-1] % 2 == 0, f"x must have an even last dimension: {describe(x)}")
+    require(x.shape[-1] % 2 == 0, lambda: f"x must have an even last dimension: {describe(x)}")
     size = x.shape[-1] // 2
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)

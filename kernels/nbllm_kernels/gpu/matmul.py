@@ -78,13 +78,13 @@ def matmul_batch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None
     out_features = weight.shape[0]
     require(
         weight.shape[1] == in_features,
-        f"x {describe(x)} and weight {describe(weight)} don't fit",
+        lambda: f"x {describe(x)} and weight {describe(weight)} don't fit",
     )
     if bias is not None:
         require_like("bias", bias, x)
         require(
             bias.shape == (out_features,) and bias.is_contiguous(),
-            f"bias must be contiguous [{out_features}]: {describe(bias)}",
+            lambda: f"bias must be contiguous [{out_features}]: {describe(bias)}",
         )
     out = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device)
     if num_rows == 0 or out_features == 0:

@@ -258,15 +258,19 @@ def _check(
     num_kv_heads, num_seqs = key_cache.shape[1], metadata.seq_lens.shape[0]
     require(
         key_cache.shape[3] == head_dim and num_kv_heads > 0 and num_heads % num_kv_heads == 0,
-        f"query {describe(query)} does not fit the cache {describe(key_cache)}",
+        lambda: f"query {describe(query)} does not fit the cache {describe(key_cache)}",
     )
-    require(head_dim <= 256, f"head_dim is {head_dim}, at most 256")
+    require(head_dim <= 256, lambda: f"head_dim is {head_dim}, at most 256")
     require(
         num_heads // num_kv_heads <= _MAX_GROUP,
-        f"{num_heads} query heads for {num_kv_heads} key heads: at most {_MAX_GROUP} for each",
+        lambda: (
+            f"{num_heads} query heads for {num_kv_heads} key heads: at most {_MAX_GROUP} for each"
+        ),
     )
-    require(sliding_window is None or sliding_window > 0, f"sliding_window is {sliding_window}")
-    require(softcap is None or softcap > 0, f"softcap is {softcap}")
+    require(
+        sliding_window is None or sliding_window > 0, lambda: f"sliding_window is {sliding_window}"
+    )
+    require(softcap is None or softcap > 0, lambda: f"softcap is {softcap}")
     device = query.device
     shape = (num_seqs + 1,)
     require_index("query_start_loc", metadata.query_start_loc, shape, torch.int32, device)
@@ -277,12 +281,14 @@ def _check(
         and tables.shape[0] == num_seqs
         and tables.dtype == torch.int32
         and tables.stride(1) == 1,
-        f"block_tables must be [{num_seqs}, max_blocks] int32: {describe(tables)}",
+        lambda: f"block_tables must be [{num_seqs}, max_blocks] int32: {describe(tables)}",
     )
     require_like("block_tables", tables, metadata.seq_lens)
     require(
         tables.shape[1] * key_cache.shape[2] >= metadata.max_seq_len,
-        f"block_tables have {tables.shape[1]} pages of {key_cache.shape[2]} tokens, "
-        f"and a sequence has {metadata.max_seq_len}",
+        lambda: (
+            f"block_tables have {tables.shape[1]} pages of {key_cache.shape[2]} tokens, "
+            f"and a sequence has {metadata.max_seq_len}"
+        ),
     )
-    require(0 <= metadata.num_decode_seqs <= num_seqs, "num_decode_seqs is out of range")
+    require(0 <= metadata.num_decode_seqs <= num_seqs, lambda: "num_decode_seqs is out of range")

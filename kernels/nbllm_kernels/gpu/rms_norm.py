@@ -75,15 +75,17 @@ def rms_norm(
     hidden_size = x.shape[-1]
     require(
         weight.shape == (hidden_size,) and weight.is_contiguous(),
-        f"weight must be contiguous [{hidden_size}]: {describe(weight)}",
+        lambda: f"weight must be contiguous [{hidden_size}]: {describe(weight)}",
     )
-    require(0 < hidden_size <= _MAX_HIDDEN, f"rows of {hidden_size}; at most {_MAX_HIDDEN}")
+    require(0 < hidden_size <= _MAX_HIDDEN, lambda: f"rows of {hidden_size}; at most {_MAX_HIDDEN}")
     rows = _as_rows(x)
     rows_residual = rows
     if residual is not None:
         require_float("residual", residual)
         require_like("residual", residual, x)
-        require(residual.shape == x.shape, f"residual must be {list(x.shape)}: {residual.shape}")
+        require(
+            residual.shape == x.shape, lambda: f"residual must be {list(x.shape)}: {residual.shape}"
+        )
         rows_residual = _as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -127,7 +127,7 @@ def rotary(
     num_kv_heads = key.shape[1]
     require(
         key.shape == (num_tokens, num_kv_heads, head_dim),
-        f"query {describe(query)} and key {describe(key)} don't fit",
+        lambda: f"query {describe(query)} and key {describe(key)} don't fit",
     )
     require_float("cos_sin_cache", cos_sin_cache, 2)
     width = cos_sin_cache.shape[1]
@@ -136,7 +136,9 @@ def rotary(
         and cos_sin_cache.device == query.device
         and width % 2 == 0
         and 0 < width <= head_dim,
-        f"cos_sin_cache must be [rows, at most {head_dim}] float32: {describe(cos_sin_cache)}",
+        lambda: (
+            f"cos_sin_cache must be [rows, at most {head_dim}] float32: {describe(cos_sin_cache)}"
+        ),
     )
     require_index("positions", positions, (num_tokens,), torch.int64, query.device)
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

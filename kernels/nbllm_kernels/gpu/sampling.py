@@ -339,7 +339,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
 def _check(logits: Tensor, params: SamplingTensors) -> tuple[int, int]:
     require_float("logits", logits, 2)
     num_rows, vocab_size = logits.shape
-    require(0 < vocab_size <= _MAX_VOCAB_SIZE, f"vocab_size is {vocab_size}")
+    require(0 < vocab_size <= _MAX_VOCAB_SIZE, lambda: f"vocab_size is {vocab_size}")
     shape, device = (num_rows,), logits.device
     if not params.all_greedy:
         require_index("seeds", params.seeds, shape, torch.int64, device)

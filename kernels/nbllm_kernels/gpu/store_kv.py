@@ -61,12 +61,14 @@ def store_kv(
     """
     require_float("key", key, 3)
     require_float("value", value, 3)
-    require(key.shape == value.shape, f"key {list(key.shape)} but value {list(value.shape)}")
+    require(
+        key.shape == value.shape, lambda: f"key {list(key.shape)} but value {list(value.shape)}"
+    )
     num_tokens, num_kv_heads, head_dim = key.shape
     check_cache(key_cache, value_cache, key)
     require(
         key_cache.shape[1] == num_kv_heads and key_cache.shape[3] == head_dim,
-        f"key {describe(key)} does not fit the cache {describe(key_cache)}",
+        lambda: f"key {describe(key)} does not fit the cache {describe(key_cache)}",
     )
     require_index("slot_mapping", slot_mapping, (num_tokens,), torch.int64, key.device)
     if num_tokens == 0:
@@ -99,7 +101,13 @@ def check_cache(key_cache: Tensor, value_cache: Tensor, like: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        require_like(name, cache, like)
-        require(cache.ndim == 4 and cache.is_contiguous(), f"{name}: {describe(cache)}")
-    require(key_cache.shape == value_cache.shape, "key_cache and value_cache differ in shape")
+    _check_side("key_cache", key_cache, like)
+    _check_side("value_cache", value_cache, like)
+    require(
+        key_cache.shape == value_cache.shape, lambda: "key_cache and value_cache differ in shape"
+    )
+
+
+def _check_side(name: str, cache: Tensor, like: Tensor) -> None:
+    require_like(name, cache, like)
+    require(cache.ndim == 4 and cache.is_contiguous(), lambda: f"{name}: {describe(cache)}")
