@@ -13,9 +13,6 @@ from torch import Tensor
 
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.dispatch import runs_triton
-from nbllm_kernels.rms_norm import rms_norm
-from nbllm_kernels.rotary import rotary
-from nbllm_kernels.store_kv import store_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +53,10 @@ def attention_inputs(
     Returns:
         the query, [num_tokens, num_heads, head_dim].
     """
-    if not runs_triton(qkv):
-        from nbllm_kernels.cpu_elementwise import attention_inputs as cpu
+    if runs_triton(qkv):
+        from nbllm_kernels.gpu import attention_inputs as gpu
 
-        return cpu(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    heads = qkv.unflatten(-1, (-1, head_dim))
-    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    if norm is not None:
-        q = rms_norm(q, norm.query_weight, norm.eps, weight_offset=norm.weight_offset)
-        k = rms_norm(k, norm.key_weight, norm.eps, weight_offset=norm.weight_offset)
-    if rope is not None:
-        q, k = rotary(q, k, *rope)
-    store_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
-    return q
+        return gpu.attention_inputs(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
+    from nbllm_kernels.cpu_elementwise import attention_inputs as cpu
+
+    return cpu(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
