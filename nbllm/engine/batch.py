@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nbllm.engine.request import MAX_STOP_IDS, Request
 from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.sampling_params import SamplingParams
 from nbllm_kernels import AttentionMetadata, DecodeState
 
@@ -27,25 +28,22 @@ RING = 64  # tokens of a row that the host may be behind
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """The tensors of one step.
+    """A step that was sent to the device.
 
     Attributes:
-        input_ids: [num_tokens] int64.
-        positions: [num_tokens] int64.
-        attention: metadata of the attention kernels.
+        buffers: its numbers.
+        attention: metadata of the attention kernels, on the same buffers.
         sampled_requests: the requests whose last token is in this step, in batch order.
-        sampled_rows: [num_sampled] int64, their rows in the tables.
-        logits_indices: [num_sampled] int64, their last tokens among `input_ids`.
-        next_positions: [num_sampled] int64, the position of the token to be sampled.
     """
 
-    input_ids: Tensor
-    positions: Tensor
+    buffers: StepBuffers
     attention: AttentionMetadata
     sampled_requests: list[Request]
-    sampled_rows: Tensor
-    logits_indices: Tensor
-    next_positions: Tensor
+
+    @property
+    def sampled_rows(self) -> Tensor:
+        """[num_sampled] int64, the rows of `sampled_requests` in the tables."""
+        return self.buffers["sampled_rows"]
 
 
 class Batch:
@@ -105,6 +103,7 @@ class Batch:
         self.rows: dict[Request, int] = {}
         self._free_rows = list(range(max_num_seqs))[::-1]
         self._num_blocks_sent = [0] * max_num_seqs
+        self._host_tables = np.zeros(self.state.block_tables.shape, dtype=np.int32)
 
     def clear(self) -> None:
         """Give up all rows."""
@@ -122,56 +121,54 @@ class Batch:
         self._add_new(requests)
         self._send_new_blocks(requests)
 
-    def prepare(self, output: SchedulerOutput) -> StepInput:
-        """Build the tensors of a step of any kind; the tables are up to date."""
-        scheduled, num_decodes = output.scheduled, output.num_decodes
-        rows = [self.rows[item.request] for item in scheduled]
-        starts = [item.request.num_computed_tokens for item in scheduled]
-        lens = [item.num_scheduled_tokens for item in scheduled]
+    def prepare(self, output: SchedulerOutput, buffers: StepBuffers | None = None) -> StepInput:
+        """Build the tensors of a step of any kind, of which nothing is pending before it.
+
+        Args:
+            output: the step; the tables are up to date.
+            buffers: where to, padded to their size; None makes some that fit.
+        """
+        scheduled = output.scheduled
+        rows = np.array([self.rows[item.request] for item in scheduled])
+        starts = np.array([item.request.num_computed_tokens for item in scheduled])
+        lens = np.array([item.num_scheduled_tokens for item in scheduled])
         loc = np.zeros(len(lens) + 1, dtype=np.int64)
         np.cumsum(lens, out=loc[1:])
+        num_tokens, max_seq_len = int(loc[-1]), int((starts + lens).max())
+        num_blocks = -(-max_seq_len // self.block_size)
+        sequence = np.repeat(np.arange(len(lens)), lens)
+        positions = np.arange(num_tokens) + (starts - loc[:-1])[sequence]
+        pages = self._host_tables[rows[sequence], positions // self.block_size].astype(np.int64)
         sampled = [i for i, item in enumerate(scheduled) if item.samples]
-        prompt_ids: list[int] = []
-        for item in scheduled[num_decodes:]:
+        token_ids: list[int] = []
+        for item in scheduled:
             start = item.request.num_computed_tokens
-            prompt_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
-
-        # One copy to the device for everything that the host knows.
-        rows_t, starts_t, lens_t, loc_t, sampled_t, prompt_t = self.to_device(
-            rows, starts, lens, loc, sampled, prompt_ids
-        )
-        seq_lens = starts_t + lens_t
-        num_tokens = int(loc[-1])
-        max_seq_len = max(start + length for start, length in zip(starts, lens, strict=True))
-        tables = self.state.block_tables[:, : -(-max_seq_len // self.block_size)][rows_t]
-        if num_tokens == len(scheduled):
-            sequence = torch.arange(num_tokens, device=self.device)
-            positions = starts_t
-        else:
-            sequence = torch.repeat_interleave(lens_t, output_size=num_tokens)
-            offsets = torch.arange(num_tokens, device=self.device) - loc_t[sequence]
-            positions = starts_t[sequence] + offsets
-        pages = tables[sequence, positions // self.block_size].to(torch.int64)
-        metadata = AttentionMetadata(
-            query_start_loc=loc_t.to(torch.int32),
-            seq_lens=seq_lens.to(torch.int32),
-            block_tables=tables,
-            slot_mapping=pages * self.block_size + positions % self.block_size,
-            max_query_len=max(lens),
+            token_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
+        if buffers is None:
+            size = StepSize(num_tokens, len(scheduled), len(sampled), num_blocks)
+            buffers = StepBuffers(size, self.device)
+        arrays = {
+            "input_ids": np.array(token_ids),
+            "positions": positions,
+            "slot_mapping": pages * self.block_size + positions % self.block_size,
+            "sampled_rows": rows[sampled],
+            "logits_indices": loc[1:][sampled] - 1,
+            "prompt_lens": np.array(
+                [max(i.request.num_prompt_tokens, i.request.restarted_len) for i in scheduled]
+            ),
+            "query_start_loc": loc,
+            "seq_lens": starts + lens,
+            "block_tables": self._host_tables[rows, :num_blocks],
+        }
+        buffers.send(arrays, self.null_row)
+        metadata = buffers.metadata(
+            max_query_len=int(lens.max()),
             max_seq_len=max_seq_len,
-            num_decode_seqs=num_decodes,
+            num_decode_seqs=output.num_decodes,
             batch_invariant=self.batch_invariant,
-            prompt_lens=self._prompt_lens(output),
+            has_prompt_lens=self.needs_prompt_lens and not output.only_decodes,
         )
-        return StepInput(
-            input_ids=torch.cat([self.state.last_token[rows_t[:num_decodes]], prompt_t]),
-            positions=positions,
-            attention=metadata,
-            sampled_requests=[scheduled[i].request for i in sampled],
-            sampled_rows=rows_t[sampled_t],
-            logits_indices=loc_t[sampled_t + 1] - 1,
-            next_positions=seq_lens[sampled_t],
-        )
+        return StepInput(buffers, metadata, [scheduled[i].request for i in sampled])
 
     def count_tokens(self, step: StepInput, token_ids: Tensor) -> None:
         """Book sampled tokens ([num_sampled] int64) in the tables of the penalties."""
@@ -179,13 +176,6 @@ class Batch:
             ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
             index = (step.sampled_rows, token_ids.clamp(min=0))
             self.output_counts.index_put_(index, ones, accumulate=True)
-
-    def _prompt_lens(self, output: SchedulerOutput) -> Tensor | None:
-        if not self.needs_prompt_lens or output.num_decodes == len(output.scheduled):
-            return None
-        requests = [item.request for item in output.scheduled]
-        lens = [max(r.num_prompt_tokens, r.restarted_len) for r in requests]
-        return self.to_device(lens)[0]
 
     def _add_new(self, requests: Sequence[Request]) -> None:
         new = [request for request in requests if request not in self.rows]
@@ -254,6 +244,7 @@ class Batch:
                 blocks += request.block_table[sent:]
                 self._num_blocks_sent[row] = total
         if rows:
+            self._host_tables[rows, columns] = blocks
             rows_t, columns_t, blocks_t = self.to_device(rows, columns, blocks)
             self.state.block_tables[rows_t, columns_t] = blocks_t.to(torch.int32)
 

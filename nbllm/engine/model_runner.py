@@ -16,9 +16,11 @@ from torch import Tensor
 
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.batch import RING, Batch, StepInput
+from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import gather_logprobs
+from nbllm.engine.prompt_graphs import PromptGraphs
 from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends
 from nbllm.engine.scheduler import SchedulerOutput
@@ -135,7 +137,9 @@ class ModelRunner:
         )
         on_gpu = device.type == "cuda"
         captures = on_gpu and not config.enforce_eager and model_config.length_rope is None
-        self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, captures=captures)
+        self.graphs = GraphCache(is_enabled=captures)
+        self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs)
+        self.prompt_graphs = PromptGraphs(model, self.batch, self.kv_caches, self.graphs)
         self.max_steps = _MAX_STEPS if captures else 1
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
@@ -155,6 +159,8 @@ class ModelRunner:
             if output.only_decodes and not any(request.shapes_logits for request in requests):
                 sampled = requests
                 self.decode_loop.run(requests, output.num_steps)
+            elif self.prompt_graphs.can_run(output):
+                sampled = self.prompt_graphs.run(output)
             else:
                 sampled = self._run_any(output, result)
             rows = [self.batch.rows[request] for request in sampled]
@@ -170,7 +176,10 @@ class ModelRunner:
     def _run_any(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
         """A step of any kind; returns the requests that it samples for."""
         step = self.batch.prepare(output)
-        hidden = self.model(step.input_ids, step.positions, self.kv_caches, step.attention)
+        buffers = step.buffers
+        hidden = self.model(
+            buffers["input_ids"], buffers["positions"], self.kv_caches, step.attention
+        )
         self._score_prompts(hidden, output, result)
         if step.sampled_requests:
             self._sample(hidden, step, result)
@@ -203,6 +212,8 @@ class ModelRunner:
             vars(module).clear()  # a traceback may keep a layer alive, but not its weights
         del self.model
         del self.decode_loop
+        del self.prompt_graphs
+        del self.graphs
         del self.batch
         gc.collect()
         if self.device.type == "cuda":
@@ -225,7 +236,7 @@ class ModelRunner:
                     kv_cache[:, block].zero_()
 
     def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> None:
-        logits = self.model.compute_logits(hidden[step.logits_indices]).float()
+        logits = self.model.compute_logits(hidden[step.buffers["logits_indices"]]).float()
         raw = self._rows_for_logprobs(logits, step)
         token_ids = self.sampler(logits, step, self.batch)
         append_tokens(self.batch.state, step.sampled_rows, token_ids)

@@ -54,7 +54,7 @@ class Sampler:
             top_p=state.top_p[rows],
             min_p=state.min_p[rows],
             seeds=state.seeds[rows],
-            positions=step.next_positions,
+            positions=state.num_tokens[rows].to(torch.int64),
             all_greedy=all(p.temperature == 0.0 for p in params),
             any_filter=any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
         )

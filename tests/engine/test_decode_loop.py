@@ -189,16 +189,16 @@ def test_captured_steps_give_the_tokens_of_eager_ones(
         for request in expected_requests:
             alone.add(request)
             run(alone)
-        assert alone.runner.decode_loop.num_replays == 0
+        assert alone.runner.graphs.num_replays == 0
         engine = make_gpu_engine(**(OPTIONS | options))
         for _ in range(2):  # the second time everything is captured
             requests = [make_request(prompt, **job) for prompt, job in jobs]
             for request in requests:
                 engine.add(request)
-            before = engine.runner.decode_loop.num_replays
+            before = engine.runner.graphs.num_replays
             run(engine)
             assert outcomes(requests) == outcomes(expected_requests)
-            assert engine.runner.decode_loop.num_replays > before + 20
+            assert engine.runner.graphs.num_replays > before + 20
         assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
         alone.release()
         engine.release()
@@ -210,13 +210,13 @@ def test_a_capture_that_fails_leaves_the_engine_running_without(
 ) -> None:
     engine = make_gpu_engine(**OPTIONS)
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(engine.runner.decode_loop, "_capture", broken)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
     request = make_request([5, 6, 7], max_tokens=40)
     engine.add(request)
     run(engine)
     assert request.finish_reason is FinishReason.LENGTH
-    assert engine.runner.decode_loop.num_replays == 0
+    assert engine.runner.graphs.num_replays == 0
     engine.release()

@@ -14,6 +14,7 @@ from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends, forbidden_ids
+from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm_kernels import SamplingTensors, sample
 
 VOCAB_SIZE = 12
@@ -49,17 +50,11 @@ def make_batch(rows: list[tuple[SamplingParams, int]], **fields: Any) -> tuple[B
         vocab_size=VOCAB_SIZE,
         device=torch.device("cpu"),
     )
-    batch._add_new(requests)
+    batch.update(requests)
     nothing: Any = None
-    step = StepInput(
-        input_ids=nothing,
-        positions=nothing,
-        attention=nothing,
-        sampled_requests=requests,
-        sampled_rows=torch.tensor([batch.rows[request] for request in requests]),
-        logits_indices=nothing,
-        next_positions=torch.full((len(rows),), len(PROMPT + OUTPUT)),
-    )
+    buffers = StepBuffers(StepSize(0, 0, len(rows), 0), batch.device)
+    buffers["sampled_rows"].copy_(torch.tensor([batch.rows[request] for request in requests]))
+    step = StepInput(buffers, nothing, requests)
     return batch, step
 
 
@@ -226,7 +221,7 @@ def test_a_large_vocabulary_is_filtered_exactly(options: dict[str, Any], spread:
 def test_positions_are_as_independent_as_seeds() -> None:
     params = SamplingParams(temperature=1.3)
     batch, step = make_batch([(params, 5)] * NUM_ROWS)
-    step.next_positions.copy_(torch.arange(NUM_ROWS))
+    batch.state.num_tokens[step.sampled_rows] = torch.arange(NUM_ROWS, dtype=torch.int32)
     tokens = Sampler()(torch.tensor([LOGITS] * NUM_ROWS), step, batch)
     counts = np.bincount(tokens.numpy(), minlength=VOCAB_SIZE)
     assert_distributed(counts, exact_probabilities(params, []))

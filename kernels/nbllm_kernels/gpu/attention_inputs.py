@@ -268,7 +268,7 @@ def _check(
     num_heads = width // head_dim - 2 * num_kv_heads
     require(
         width % head_dim == 0 and num_heads > 0,
-        f"qkv {describe(qkv)} does not fit the cache {describe(key_cache)}",
+        lambda: f"qkv {describe(qkv)} does not fit the cache {describe(key_cache)}",
     )
     slots = metadata.slot_mapping
     require_index("slot_mapping", slots, (num_tokens,), torch.int64, qkv.device)
@@ -280,13 +280,19 @@ def _check(
             and table.device == qkv.device
             and table.shape[1] % 2 == 0
             and 0 < table.shape[1] <= head_dim,
-            f"the rotary table must be [rows, at most {head_dim}] float32: {describe(table)}",
+            lambda: (
+                f"the rotary table must be [rows, at most {head_dim}] float32: {describe(table)}"
+            ),
         )
         require_index("positions", positions, (num_tokens,), torch.int64, qkv.device)
     for weight in () if norm is None else (norm.query_weight, norm.key_weight):
-        require_like("norm weight", weight, qkv)
-        require(
-            weight.shape == (head_dim,) and weight.is_contiguous(),
-            f"the norm's weights must be contiguous [{head_dim}]: {describe(weight)}",
-        )
+        _check_weight(weight, qkv, head_dim)
     return num_heads
+
+
+def _check_weight(weight: Tensor, qkv: Tensor, head_dim: int) -> None:
+    require_like("norm weight", weight, qkv)
+    require(
+        weight.shape == (head_dim,) and weight.is_contiguous(),
+        lambda: f"the norm's weights must be contiguous [{head_dim}]: {describe(weight)}",
+    )

@@ -1,0 +1,106 @@
+"""PromptGraphs: steps with few tokens of any kind, captured by the number of their tokens.
+
+What a first token waits for is not the work of a short prompt but its hundreds of launches. So a
+step of at most `MAX_TOKENS` tokens of a few sequences is padded to a power of two and replayed;
+what is padded belongs to no sequence, writes to no slot and samples for nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nbllm.engine.batch import Batch
+from nbllm.engine.cuda_graph import GraphCache
+from nbllm.engine.decode_loop import SamplingKind, make_decode_inputs
+from nbllm.engine.request import Request
+from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.engine.step_buffers import StepBuffers, StepSize
+from nbllm.models.causal_lm import CausalLM
+from nbllm_kernels import AttentionMetadata, DecodeInputs, append_tokens, decode_inputs, sample
+
+MAX_TOKENS = 512
+_MIN_TOKENS = 16
+_NUM_SEQS = 8
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Buffers for one number of tokens."""
+
+    buffers: StepBuffers
+    metadata: AttentionMetadata
+    inputs: DecodeInputs
+
+
+class PromptGraphs:
+    """Runs small steps, captured.
+
+    Args:
+        model: weights loaded.
+        batch: its tables.
+        kv_caches: one per layer.
+        graphs: what was captured.
+    """
+
+    def __init__(
+        self, model: CausalLM, batch: Batch, kv_caches: list[Tensor], graphs: GraphCache
+    ) -> None:
+        self._model = model
+        self._batch = batch
+        self._kv_caches = kv_caches
+        self._graphs = graphs
+        self._buckets: dict[int, _Bucket] = {}
+
+    def can_run(self, output: SchedulerOutput) -> bool:
+        """True for a small step that needs nothing but a token id of each sequence."""
+        return (
+            self._graphs.is_enabled
+            and len(output.scheduled) <= _NUM_SEQS
+            and sum(item.num_scheduled_tokens for item in output.scheduled) <= MAX_TOKENS
+            and not any(
+                item.request.shapes_logits
+                or item.request.sampling_params.prompt_logprobs is not None
+                for item in output.scheduled
+            )
+        )
+
+    def run(self, output: SchedulerOutput) -> list[Request]:
+        """Enqueue a step; results go to `DecodeState.generated`.
+
+        Returns:
+            the requests that it samples for.
+        """
+        num_tokens = sum(item.num_scheduled_tokens for item in output.scheduled)
+        size = max(_MIN_TOKENS, 1 << (num_tokens - 1).bit_length())
+        if size not in self._buckets:
+            self._buckets[size] = self._make_bucket(size)
+        bucket = self._buckets[size]
+        step = self._batch.prepare(output, bucket.buffers)
+        kind = SamplingKind.of(step.sampled_requests)
+        self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
+        return step.sampled_requests
+
+    def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
+        buffers, state = bucket.buffers, self._batch.state
+        hidden = self._model(
+            buffers["input_ids"], buffers["positions"], self._kv_caches, bucket.metadata
+        )
+        rows = buffers["sampled_rows"]
+        decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
+        logits = self._model.compute_logits(hidden[buffers["logits_indices"]])
+        append_tokens(state, rows, sample(logits, kind.tensors(bucket.inputs)))
+
+    def _make_bucket(self, size: int) -> _Bucket:
+        batch = self._batch
+        num_blocks = batch.state.block_tables.shape[1]
+        buffers = StepBuffers(StepSize(size, _NUM_SEQS, _NUM_SEQS, num_blocks), batch.device)
+        metadata = buffers.metadata(
+            max_query_len=size,
+            max_seq_len=num_blocks * batch.block_size,
+            num_decode_seqs=0,  # all sequences go the way of the prompts
+            batch_invariant=batch.batch_invariant,
+            has_prompt_lens=False,
+        )
+        return _Bucket(buffers, metadata, make_decode_inputs(_NUM_SEQS, batch.state))
