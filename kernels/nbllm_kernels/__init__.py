@@ -6,7 +6,11 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
-from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.attention_metadata import (
+    AttentionMetadata,
+    SharedPrefix,
+    rows_per_prefix_tile,
+)
 from nbllm_kernels.decode_state import (
     BAD_LOGITS,
     DecodeInputs,
@@ -29,6 +33,7 @@ __all__ = [
     "HeadNorm",
     "PackedWeight",
     "SamplingTensors",
+    "SharedPrefix",
     "Weight",
     "append_tokens",
     "attention_inputs",
@@ -40,6 +45,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary",
+    "rows_per_prefix_tile",
     "sample",
     "silu_and_mul",
     "store_kv",

@@ -49,6 +49,10 @@ class StepInput:
 class Batch:
     """Tables of the running requests.
 
+    Attributes:
+        state: the tables on the device.
+        host_tables: [max_num_seqs + 1, max_blocks], a copy of `state.block_tables`.
+
     Args:
         max_num_seqs: rows.
         max_model_len: longest sequence, in tokens.
@@ -101,9 +105,10 @@ class Batch:
         self.output_counts: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.rows: dict[Request, int] = {}
+        self.version = 0  # changes whenever a row gets another owner
         self._free_rows = list(range(max_num_seqs))[::-1]
         self._num_blocks_sent = [0] * max_num_seqs
-        self._host_tables = np.zeros(self.state.block_tables.shape, dtype=np.int32)
+        self.host_tables = np.zeros(self.state.block_tables.shape, dtype=np.int32)
 
     def clear(self) -> None:
         """Give up all rows."""
@@ -138,7 +143,7 @@ class Batch:
         num_blocks = -(-max_seq_len // self.block_size)
         sequence = np.repeat(np.arange(len(lens)), lens)
         positions = np.arange(num_tokens) + (starts - loc[:-1])[sequence]
-        pages = self._host_tables[rows[sequence], positions // self.block_size].astype(np.int64)
+        pages = self.host_tables[rows[sequence], positions // self.block_size].astype(np.int64)
         sampled = [i for i, item in enumerate(scheduled) if item.samples]
         token_ids: list[int] = []
         for item in scheduled:
@@ -158,7 +163,7 @@ class Batch:
             ),
             "query_start_loc": loc,
             "seq_lens": starts + lens,
-            "block_tables": self._host_tables[rows, :num_blocks],
+            "block_tables": self.host_tables[rows, :num_blocks],
         }
         buffers.send(arrays, self.null_row)
         metadata = buffers.metadata(
@@ -181,6 +186,7 @@ class Batch:
         new = [request for request in requests if request not in self.rows]
         if not new:
             return
+        self.version += 1
         rows = []
         for request in new:
             row = self._free_rows.pop()
@@ -244,7 +250,7 @@ class Batch:
                 blocks += request.block_table[sent:]
                 self._num_blocks_sent[row] = total
         if rows:
-            self._host_tables[rows, columns] = blocks
+            self.host_tables[rows, columns] = blocks
             rows_t, columns_t, blocks_t = self.to_device(rows, columns, blocks)
             self.state.block_tables[rows_t, columns_t] = blocks_t.to(torch.int32)
 

@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.request import Request
+from nbllm.engine.shared_prefix import tile_shared_prefixes
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
     AttentionMetadata,
     DecodeInputs,
     DecodeState,
     SamplingTensors,
+    SharedPrefix,
     append_tokens,
     decode_inputs,
+    rows_per_prefix_tile,
     sample,
 )
+
+_MIN_CASCADE_SIZE = 8  # rows from which on it is looked for what they share
+_MAX_PREFIX_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +73,14 @@ class SamplingKind:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Buffers of one batch size."""
+    """Buffers of one batch size, and the sequences that they were filled for."""
 
     rows: Tensor
     inputs: DecodeInputs
     metadata: AttentionMetadata
-    current_rows: list[int] | None = None
+    cascade: AttentionMetadata | None  # the same with a shared prefix
+    filled_for: tuple[int, list[int]] | None = None
+    shares: bool = False
 
 
 class DecodeLoop:
@@ -82,11 +91,18 @@ class DecodeLoop:
         batch: its tables.
         kv_caches: one per layer.
         graphs: what was captured.
+        config: the model's shape.
     """
 
     def __init__(
-        self, model: CausalLM, batch: Batch, kv_caches: list[Tensor], graphs: GraphCache
+        self,
+        model: CausalLM,
+        batch: Batch,
+        kv_caches: list[Tensor],
+        graphs: GraphCache,
+        config: ModelConfig,
     ) -> None:
+        self._config = config
         self._model = model
         self._batch = batch
         self._kv_caches = kv_caches
@@ -101,27 +117,51 @@ class DecodeLoop:
             requests: all decoding; each has pages for `num_steps` more tokens.
         """
         kind = SamplingKind.of(requests)
-        rows = [self._batch.rows[request] for request in requests]
-        bucket = self._find_bucket(len(rows))
-        self._send_rows(bucket, rows)
+        bucket = self._find_bucket(len(requests))
+        self._fill(bucket, requests)
+        metadata = bucket.metadata
+        if bucket.shares and bucket.cascade is not None:
+            metadata = bucket.cascade
+        key = ("decode", len(bucket.rows), kind, bucket.shares)
         for _ in range(num_steps):
-            key = ("decode", len(bucket.rows), kind)
-            self._graphs.run(key, lambda: self._step(bucket, kind))
+            self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
 
-    def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
+    def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs
-        bucket.metadata.scratch.clear()
+        metadata.scratch.clear()
         decode_inputs(state, bucket.rows, inputs, block_size=self._batch.block_size)
-        hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, bucket.metadata)
+        hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, metadata)
         logits = self._model.compute_logits(hidden)
         append_tokens(state, bucket.rows, sample(logits, kind.tensors(inputs)))
 
-    def _send_rows(self, bucket: _Bucket, rows: list[int]) -> None:
-        if bucket.current_rows == rows:
+    def _fill(self, bucket: _Bucket, requests: Sequence[Request]) -> None:
+        """Send the rows, and what they share, unless they are the ones of the last time."""
+        batch = self._batch
+        rows = [batch.rows[request] for request in requests]
+        filled_for = (batch.version, rows)
+        if bucket.filled_for == filled_for:
             return
-        padding = [self._batch.null_row] * (len(bucket.rows) - len(rows))
-        bucket.rows.copy_(self._batch.to_device(rows + padding)[0])
-        bucket.current_rows = rows
+        bucket.filled_for = filled_for
+        padding = [batch.null_row] * (len(bucket.rows) - len(rows))
+        bucket.rows.copy_(batch.to_device(rows + padding)[0])
+        bucket.shares = False
+        prefix = bucket.cascade.shared_prefix if bucket.cascade is not None else None
+        if prefix is None:
+            return
+        num_tiles, rows_per_tile = prefix.tile_rows.shape
+        tiled = tile_shared_prefixes(
+            batch.host_tables[rows],
+            [request.num_computed_tokens // batch.block_size for request in requests],
+            block_size=batch.block_size,
+            num_tiles=num_tiles,
+            rows_per_tile=rows_per_tile,
+        )
+        if tiled is not None:
+            lens, tile_rows = batch.to_device(tiled[0], tiled[1].ravel())
+            prefix.lens.zero_()
+            prefix.lens[: len(rows)] = lens.to(torch.int32)
+            prefix.tile_rows.copy_(tile_rows.view(prefix.tile_rows.shape))
+            bucket.shares = True
 
     def _find_bucket(self, num_rows: int) -> _Bucket:
         """The buffers that fit best; without graphs, some of that very size."""
@@ -147,7 +187,19 @@ class DecodeLoop:
             batch_invariant=batch.batch_invariant,
         )
         rows = torch.zeros(size, dtype=torch.int64, device=device)
-        return _Bucket(rows, inputs, metadata)
+        return _Bucket(rows, inputs, metadata, self._add_prefix(metadata))
+
+    def _add_prefix(self, metadata: AttentionMetadata) -> AttentionMetadata | None:
+        size, device = len(metadata.seq_lens), metadata.seq_lens.device
+        if device.type != "cuda" or size < _MIN_CASCADE_SIZE or metadata.batch_invariant:
+            return None
+        rows_per_tile = rows_per_prefix_tile(self._config.num_heads, self._config.num_kv_heads)
+        num_tiles = -(-size // rows_per_tile) + _MAX_PREFIX_GROUPS - 1
+        prefix = SharedPrefix(
+            lens=torch.zeros(size, dtype=torch.int32, device=device),
+            tile_rows=torch.full((num_tiles, rows_per_tile), -1, dtype=torch.int32, device=device),
+        )
+        return replace(metadata, shared_prefix=prefix, scratch={})
 
 
 def make_decode_inputs(size: int, state: DecodeState) -> DecodeInputs:

@@ -138,7 +138,7 @@ class ModelRunner:
         on_gpu = device.type == "cuda"
         captures = on_gpu and not config.enforce_eager and model_config.length_rope is None
         self.graphs = GraphCache(is_enabled=captures)
-        self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs)
+        self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs, model_config)
         self.prompt_graphs = PromptGraphs(model, self.batch, self.kv_caches, self.graphs)
         self.max_steps = _MAX_STEPS if captures else 1
         self._stream = torch.cuda.Stream(device) if on_gpu else None

@@ -220,3 +220,24 @@ def test_a_capture_that_fails_leaves_the_engine_running_without(
     assert request.finish_reason is FinishReason.LENGTH
     assert engine.runner.graphs.num_replays == 0
     engine.release()
+
+
+@pytest.mark.gpu
+def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
+    make_engine: MakeEngine, make_gpu_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    rng = random.Random(0)
+    beginning = [rng.randrange(2, 500) for _ in range(204)]
+    prompts = [beginning + [rng.randrange(2, 500) for _ in range(3)] for _ in range(30)]
+    options = {"max_num_seqs": 30, "max_num_batched_tokens": 512, "max_model_len": 256}
+    texts = []
+    for make in (make_engine, make_gpu_engine):
+        engine = make(**options)
+        requests = [make_request(prompt, max_tokens=9 + i) for i, prompt in enumerate(prompts)]
+        for request in requests:
+            engine.add(request)
+        run(engine)
+        texts.append(outcomes(requests))
+    assert texts[0] == texts[1]
+    assert any(bucket.shares for bucket in engine.runner.decode_loop._buckets.values())
+    engine.release()

@@ -40,6 +40,7 @@ def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decod
         "BLOCK_N": shape.block_n,
         "IS_DECODE": is_decode,
         "HAS_SPLITS": is_decode,
+        "HAS_PREFIX": False,
         "HAS_WINDOW": False,
         "HAS_SOFTCAP": False,
         "PRECISION": "ieee",

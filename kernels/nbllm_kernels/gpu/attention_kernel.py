@@ -47,18 +47,29 @@ def _find_sequence(
     return low
 
 
-@triton.jit(do_not_specialize=["first_seq", "num_seqs", "stride_table", "window", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "first_seq",
+        "num_seqs",
+        "stride_table",
+        "window",
+        "num_splits",
+        "first_split",
+        "total_splits",
+    ]
+)
 def paged_attention_kernel(
     q_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim]
     k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
     v_ptr: tl.tensor,
     out_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim], contiguous
-    partial_ptr: tl.tensor,  # [num_tokens, num_heads, num_splits, head_dim] float32, if HAS_SPLITS
-    max_ptr: tl.tensor,  # [num_tokens, num_heads, num_splits] float32
+    partial_ptr: tl.tensor,  # [num_tokens, num_heads, total_splits, head_dim] float32
+    max_ptr: tl.tensor,  # [num_tokens, num_heads, total_splits] float32; these if HAS_SPLITS
     sum_ptr: tl.tensor,
     query_start_loc_ptr: tl.tensor,  # [num_seqs + 1] int32
     seq_lens_ptr: tl.tensor,  # [num_seqs] int32
     block_tables_ptr: tl.tensor,  # [num_seqs, max_blocks] int32
+    prefix_lens_ptr: tl.tensor,  # [num_seqs] int32, if HAS_PREFIX: keys that are not its business
     first_seq: tl.tensor,  # sequences before it have one new token each
     num_seqs: tl.tensor,
     stride_q_token: tl.tensor,
@@ -67,6 +78,8 @@ def paged_attention_kernel(
     scale_out: tl.tensor,  # softcap * log2(e)
     window: tl.tensor,
     num_splits: tl.tensor,
+    first_split: tl.tensor,  # where this kernel's splits begin
+    total_splits: tl.tensor,
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,6 +90,7 @@ def paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     IS_DECODE: tl.constexpr,
     HAS_SPLITS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,6 +133,8 @@ def paged_attention_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(offset + first - window + 1, 0)
+    if HAS_PREFIX:
+        low = tl.maximum(low, tl.load(prefix_lens_ptr + seq))
     begin = low // BLOCK_N
     end = tl.cdiv(high, BLOCK_N)
     if HAS_SPLITS:
@@ -170,7 +186,7 @@ def paged_attention_kernel(
         highest = new_highest
 
     if HAS_SPLITS:
-        out_row = out_row * num_splits + split
+        out_row = out_row * total_splits + first_split + split
         tl.store(max_ptr + out_row, highest, mask=row_mask)
         tl.store(sum_ptr + out_row, total, mask=row_mask)
         tl.store(partial_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=q_mask)
@@ -180,13 +196,17 @@ def paged_attention_kernel(
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "num_prefix_splits"])
 def merge_splits_kernel(
     partial_ptr: tl.tensor,  # [num_rows, num_splits, head_dim] float32, not normalized
     max_ptr: tl.tensor,  # [num_rows, num_splits] float32
     sum_ptr: tl.tensor,
     out_ptr: tl.tensor,  # [num_rows, head_dim]
+    prefix_lens_ptr: tl.tensor,  # [num_seqs] int32, if HAS_PREFIX
     num_splits: tl.tensor,
+    num_prefix_splits: tl.tensor,  # the first so many are of the shared prefix, if there is one
+    NUM_HEADS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
@@ -196,13 +216,18 @@ def merge_splits_kernel(
     split = tl.arange(0, PADDED_SPLITS)
     part = row * num_splits
     split_mask = split < num_splits
+    first_split = 0
+    if HAS_PREFIX:
+        if tl.load(prefix_lens_ptr + row // NUM_HEADS) == 0:  # nobody wrote these
+            first_split = num_prefix_splits
+        split_mask = split_mask & (split >= first_split)
     maxima = tl.load(max_ptr + part + split, mask=split_mask, other=float("-inf"))
     sums = tl.load(sum_ptr + part + split, mask=split_mask, other=0.0)
     highest = tl.max(maxima, axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(sums * tl.exp2(maxima - shift), axis=0)
     acc = tl.zeros((PADDED_DIM,), dtype=tl.float32)
-    for i in range(num_splits):
+    for i in range(first_split, num_splits):
         weight = tl.exp2(tl.load(max_ptr + part + i) - shift)
         source = partial_ptr + (part + i) * HEAD_DIM + dim
         acc += weight * tl.load(source, mask=dim < HEAD_DIM, other=0.0)

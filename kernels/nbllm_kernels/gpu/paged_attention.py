@@ -15,8 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.attention_metadata import (
+    AttentionMetadata,
+    SharedPrefix,
+    rows_per_prefix_tile,
+)
 from nbllm_kernels.gpu.attention_kernel import merge_splits_kernel, paged_attention_kernel
+from nbllm_kernels.gpu.prefix_attention_kernel import prefix_attention_kernel
 from nbllm_kernels.gpu.store_kv import check_cache
 from nbllm_kernels.gpu.validation import (
     describe,
@@ -29,6 +34,7 @@ from nbllm_kernels.gpu.validation import (
 _LOG2_E = 1.4426950408889634
 _MAX_GROUP = 128
 _MAX_SPLITS = 64
+_MAX_PREFIX_SPLITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,34 +137,99 @@ def _launch_decodes(
         triton.cdiv(visible, shape.block_n),
         _num_multiprocessors(query.device),
     )
+    prefix = metadata.shared_prefix if scores.window is None else None
+    num_prefix_splits = 0
+    if prefix is not None:
+        num_prefix_splits = choose_num_splits(
+            triton.cdiv(num_decodes, prefix.tile_rows.shape[1]) * num_kv_heads,
+            _MAX_PREFIX_SPLITS,
+            _num_multiprocessors(query.device),
+        )
+    total_splits = num_splits + num_prefix_splits
     partial = maxima = sums = output
-    if num_splits > 1:
-        rows = (num_decodes, num_heads, num_splits)
+    if total_splits > 1:
+        rows = (num_decodes, num_heads, total_splits)
         partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=query.device)
         maxima = torch.empty(rows, dtype=torch.float32, device=query.device)
         sums = torch.empty(rows, dtype=torch.float32, device=query.device)
+    tensors = (query, key_cache, value_cache, output, partial, maxima, sums)
+    if prefix is not None:
+        _launch_prefix(tensors, metadata, prefix, scores, num_prefix_splits, total_splits)
     _launch(
         (num_decodes, num_kv_heads, num_splits),
-        (query, key_cache, value_cache, output, partial, maxima, sums),
+        tensors,
         metadata,
         scores,
         shape,
         first_seq=0,
         num_splits=num_splits,
+        first_split=num_prefix_splits,
+        total_splits=total_splits,
+        prefix=prefix,
         is_decode=True,
     )
-    if num_splits > 1:
+    if total_splits > 1:
         merge_splits_kernel[(num_decodes * num_heads,)](
             partial,
             maxima,
             sums,
             output,
-            num_splits,
+            metadata.seq_lens if prefix is None else prefix.lens,
+            total_splits,
+            num_prefix_splits,
+            NUM_HEADS=num_heads,
+            HAS_PREFIX=prefix is not None,
             HEAD_DIM=head_dim,
             PADDED_DIM=_padded(head_dim),
-            PADDED_SPLITS=triton.next_power_of_2(num_splits),
+            PADDED_SPLITS=triton.next_power_of_2(total_splits),
             num_warps=1 if head_dim <= 128 else 2,
         )
+
+
+def _launch_prefix(
+    tensors: tuple[Tensor, ...],
+    metadata: AttentionMetadata,
+    prefix: SharedPrefix,
+    scores: _Scores,
+    num_prefix_splits: int,
+    total_splits: int,
+) -> None:
+    query, key_cache, value_cache, _, partial, maxima, sums = tensors
+    _, num_heads, head_dim = query.shape
+    _, num_kv_heads, page_size, _ = key_cache.shape
+    num_tiles, rows = prefix.tile_rows.shape
+    group = num_heads // num_kv_heads
+    shape = launch_shape(is_decode=False, dtype=query.dtype, head_dim=head_dim, group=group)
+    prefix_attention_kernel[(num_tiles, num_kv_heads, num_prefix_splits)](
+        query,
+        key_cache,
+        value_cache,
+        partial,
+        maxima,
+        sums,
+        prefix.lens,
+        prefix.tile_rows,
+        metadata.block_tables,
+        query.stride(0),
+        metadata.block_tables.stride(0),
+        scores.scale,
+        scores.scale_out,
+        num_prefix_splits,
+        total_splits,
+        STRIDE_Q_HEAD=query.stride(1),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=_padded(head_dim),
+        PAGE_SIZE=page_size,
+        ROWS=rows,
+        BLOCK_M=max(16, triton.next_power_of_2(rows * group)),
+        BLOCK_N=min(shape.block_n, page_size),
+        HAS_SOFTCAP=scores.softcap is not None,
+        PRECISION="ieee",
+        num_warps=4,
+        num_stages=shape.num_stages,
+    )
 
 
 def _launch_chunks(
@@ -183,6 +254,9 @@ def _launch_chunks(
         shape,
         first_seq=first_seq,
         num_splits=1,
+        first_split=0,
+        total_splits=1,
+        prefix=None,
         is_decode=False,
     )
 
@@ -196,6 +270,9 @@ def _launch(
     *,
     first_seq: int,
     num_splits: int,
+    first_split: int,
+    total_splits: int,
+    prefix: SharedPrefix | None,
     is_decode: bool,
 ) -> None:
     query, key_cache = tensors[0], tensors[1]
@@ -206,6 +283,7 @@ def _launch(
         metadata.query_start_loc,
         metadata.seq_lens,
         metadata.block_tables,
+        metadata.seq_lens if prefix is None else prefix.lens,
         first_seq,
         metadata.seq_lens.shape[0] - first_seq,
         query.stride(0),
@@ -214,6 +292,8 @@ def _launch(
         scores.scale_out,
         scores.window or 0,
         num_splits,
+        first_split,
+        total_splits,
         STRIDE_Q_HEAD=query.stride(1),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
@@ -223,7 +303,8 @@ def _launch(
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
         IS_DECODE=is_decode,
-        HAS_SPLITS=num_splits > 1,
+        HAS_SPLITS=total_splits > 1,
+        HAS_PREFIX=prefix is not None,
         HAS_WINDOW=scores.window is not None,
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",
@@ -291,4 +372,9 @@ def _check(
             f"and a sequence has {metadata.max_seq_len}"
         ),
     )
+    prefix = metadata.shared_prefix
+    if prefix is not None:
+        require_index("shared_prefix.lens", prefix.lens, (num_seqs,), torch.int32, device)
+        tiles = (prefix.tile_rows.shape[0], rows_per_prefix_tile(num_heads, num_kv_heads))
+        require_index("shared_prefix.tile_rows", prefix.tile_rows, tiles, torch.int32, device)
     require(0 <= metadata.num_decode_seqs <= num_seqs, lambda: "num_decode_seqs is out of range")
