@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nbllm_kernels import cpu_elementwise, cpu_native
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.dispatch import runs_triton
 from nbllm_kernels.rms_norm import rms_norm
@@ -57,9 +58,10 @@ def attention_inputs(
         the query, [num_tokens, num_heads, head_dim].
     """
     if not runs_triton(qkv):
-        from nbllm_kernels.cpu_elementwise import attention_inputs as cpu
-
-        return cpu(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
+        takes = cpu_native.takes_attention_inputs
+        native = takes(qkv, key_cache, value_cache, metadata, rope, norm)
+        cpu = cpu_native if native else cpu_elementwise
+        return cpu.attention_inputs(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
     num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
     heads = qkv.unflatten(-1, (-1, head_dim))
     q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbllm_kernels import cpu_native
 from nbllm_kernels.dispatch import runs_triton
 
 _TILE_ROWS = 16  # rows per matrix product in batch-invariant mode
@@ -43,6 +44,8 @@ class PackedWeight:
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual for x [num_rows, in_features]."""
         num_rows = x.shape[0]
+        if self._blocks is not None and cpu_native.takes_packed(num_rows):
+            return cpu_native.multiply_packed(x, self._blocks, self.shape[0], bias, residual)
         padding = max(_FASTEST_ROWS - num_rows, 0)
         if padding:
             x = F.pad(x, (0, 0, 0, padding))
