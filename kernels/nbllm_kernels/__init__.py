@@ -7,6 +7,7 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.cpu_threads import release_threads
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "pack_weight",
     "paged_attention",
+    "release_threads",
     "rms_norm",
     "rotary",
     "sample",
