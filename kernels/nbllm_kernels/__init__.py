@@ -11,6 +11,7 @@ from nbllm_kernels.attention_metadata import (
     SharedPrefix,
     rows_per_prefix_tile,
 )
+from nbllm_kernels.cpu_threads import release_threads
 from nbllm_kernels.decode_state import (
     BAD_LOGITS,
     DecodeInputs,
@@ -43,6 +44,7 @@ __all__ = [
     "linear",
     "pack_weight",
     "paged_attention",
+    "release_threads",
     "rms_norm",
     "rotary",
     "rows_per_prefix_tile",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nbllm_kernels import reference
+from nbllm_kernels import cpu_native, reference
 from nbllm_kernels.dispatch import runs_triton
 
 
@@ -14,6 +14,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
         from nbllm_kernels.gpu import activation as gpu
 
         return gpu.silu_and_mul(x)
+    if cpu_native.takes_gate(x):
+        return cpu_native.silu_and_mul(x)
     return reference.silu_and_mul(x)
 
 
@@ -23,4 +25,6 @@ def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
         from nbllm_kernels.gpu import activation as gpu
 
         return gpu.gelu_and_mul(x, approximate)
+    if approximate == "tanh" and cpu_native.takes_gate(x):
+        return cpu_native.gelu_tanh_and_mul(x)
     return reference.gelu_and_mul(x, approximate)

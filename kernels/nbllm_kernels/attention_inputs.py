@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nbllm_kernels import cpu_elementwise, cpu_native
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.dispatch import runs_triton
 
@@ -57,6 +58,7 @@ def attention_inputs(
         from nbllm_kernels.gpu import attention_inputs as gpu
 
         return gpu.attention_inputs(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
-    from nbllm_kernels.cpu_elementwise import attention_inputs as cpu
-
-    return cpu(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)
+    takes = cpu_native.takes_attention_inputs
+    native = takes(qkv, key_cache, value_cache, metadata, rope, norm)
+    cpu = cpu_native if native else cpu_elementwise
+    return cpu.attention_inputs(qkv, key_cache, value_cache, metadata, rope=rope, norm=norm)

@@ -1,23 +1,25 @@
-"""Paged attention on the CPU, out of PyTorch's own operators.
+"""Paged attention on the CPU.
 
-Decode rows go together. Their pages are gathered per (page, head), which lands keys and values as
+Decode rows, and in batch-invariant mode all rows, go to C, which reads the pages where they are.
+The rest is made of PyTorch's own operators. Prompt chunks go one sequence at a time. Decode rows
+without C go together: their pages are gathered per (page, head), which lands keys and values as
 [sequence, head, context, head_dim]; then the query heads of a group are the rows of one
 `scaled_dot_product_attention`, which keeps the scores in float32. (With `enable_gqa` and one row
 per head it is several times slower.) Indices, masks and buffers are made once per step and shared
-by its layers: fresh buffers cost more in page faults than the copies do. Prompt chunks go one
-sequence at a time.
+by its layers: fresh buffers cost more in page faults than the copies do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbllm_kernels import cpu_native
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.reference import visible_keys
 
@@ -37,38 +39,22 @@ def paged_attention(
     Unwritten slots of a page must hold finite numbers (zeros, say): they are multiplied by a
     probability of zero.
     """
+    options: Any = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    native = cpu_native.takes_attention(query, key_cache, value_cache)
     if metadata.batch_invariant:
-        return _row_by_row(query, key_cache, value_cache, metadata, scale, sliding_window, softcap)
+        attend_rows = cpu_native.paged_attention if native else _row_by_row
+        return attend_rows(query, key_cache, value_cache, metadata, **options)
     num_decodes = metadata.num_decode_seqs
     outputs: list[Tensor] = []
     if num_decodes:
-        outputs.append(
-            _attend_decodes(
-                query[:num_decodes],
-                key_cache,
-                value_cache,
-                metadata.block_tables[:num_decodes],
-                metadata.seq_lens[:num_decodes],
-                metadata.scratch,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-            )
-        )
-    loc = metadata.query_start_loc.tolist()
-    for i, seq_len in enumerate(metadata.seq_lens.tolist()[num_decodes:], start=num_decodes):
-        k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
-        v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
-        outputs.append(
-            _attend_chunk(
-                query[loc[i] : loc[i + 1]],
-                k,
-                v,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-            )
-        )
+        attend = cpu_native.paged_attention if native else _attend_decodes
+        outputs.append(attend(query[:num_decodes], key_cache, value_cache, metadata, **options))
+    if num_decodes < len(metadata.seq_lens):
+        loc = metadata.query_start_loc.tolist()
+        for i, seq_len in enumerate(metadata.seq_lens[num_decodes:].tolist(), start=num_decodes):
+            k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
+            v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
+            outputs.append(_attend_chunk(query[loc[i] : loc[i + 1]], k, v, **options))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -146,16 +132,16 @@ def _attend_decodes(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    scratch: dict[Hashable, Any],
+    metadata: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One query per sequence: [num_seqs, num_heads, head_dim]."""
+    """One query for each of the first sequences: [num_seqs, num_heads, head_dim]."""
     num_seqs, num_heads, head_dim = query.shape
+    block_tables, seq_lens = metadata.block_tables[:num_seqs], metadata.seq_lens[:num_seqs]
+    scratch = metadata.scratch
     num_kv_heads = key_cache.shape[1]
     plan = _decode_plan(scratch, key_cache, block_tables, seq_lens)
     shape = (num_seqs, num_kv_heads, -1, head_dim)
@@ -214,27 +200,23 @@ def _row_by_row(
     key_cache: Tensor,
     value_cache: Tensor,
     metadata: AttentionMetadata,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    **options: Any,
 ) -> Tensor:
     """Each new token on its own: the shapes, so the order of every sum, depend on its position
     alone."""
-    output = torch.empty_like(query)
+    output = query.new_empty(query.shape)
     loc = metadata.query_start_loc.tolist()
     for i, seq_len in enumerate(metadata.seq_lens.tolist()):
         query_len = loc[i + 1] - loc[i]
         for j in range(query_len):
             row = loc[i] + j
+            alone = replace(
+                metadata,
+                block_tables=metadata.block_tables[i : i + 1],
+                seq_lens=torch.tensor([seq_len - query_len + j + 1]),
+                scratch={},
+            )
             output[row] = _attend_decodes(
-                query[row : row + 1],
-                key_cache,
-                value_cache,
-                metadata.block_tables[i : i + 1],
-                torch.tensor([seq_len - query_len + j + 1]),
-                {},
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
+                query[row : row + 1], key_cache, value_cache, alone, **options
             )[0]
     return output

@@ -1,4 +1,5 @@
-"""The small ops between the matrix products on the CPU, in as few operators as PyTorch has.
+"""The small ops between the matrix products on the CPU, in as few operators as PyTorch has: for
+what `cpu_native` does not take.
 
 At one row an operator costs its call, one or two microseconds, whatever it computes; a model has
 thousands of them. So query and key heads are normed and rotated as one tensor, in float32 and in

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbllm_kernels import cpu_native
 from nbllm_kernels.dispatch import runs_triton
 
 _TILE_ROWS = 16  # rows per matrix product in batch-invariant mode
 _FASTEST_ROWS = 4  # one packed product of four rows takes less time than one of one row
+_HUGE_PAGE = 2 * 1024**2
+_MADV_COLLAPSE = 25  # of <linux/mman.h>, since Linux 6.1
 _ROW_BLOCK_SIZES = (64, 48, 32, 16)  # of oneDNN's layouts for AVX-512 and AMX
 
 
@@ -34,7 +38,8 @@ class PackedWeight:
         with torch.no_grad():
             # 16 rows: the layout that serves decode batches; it is right for any number.
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TILE_ROWS)
-        self._blocks = _find_row_blocks(self._packed, weight)
+        memory = _memory_of(self._packed)
+        self._blocks = None if memory is None else _find_row_blocks(memory, weight)
 
     @property
     def has_rows(self) -> bool:
@@ -43,6 +48,8 @@ class PackedWeight:
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual for x [num_rows, in_features]."""
         num_rows = x.shape[0]
+        if self._blocks is not None and cpu_native.takes_packed(num_rows):
+            return cpu_native.multiply_packed(x, self._blocks, self.shape[0], bias, residual)
         padding = max(_FASTEST_ROWS - num_rows, 0)
         if padding:
             x = F.pad(x, (0, 0, 0, padding))
@@ -63,7 +70,28 @@ class PackedWeight:
         return picked.flatten(1)
 
 
-def _find_row_blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
+def _memory_of(packed: Tensor) -> Tensor | None:
+    """The numbers of a packed weight as they lie, [N] bfloat16, in huge pages if there are any."""
+    operators = torch.ops.mkldnn
+    if not hasattr(operators, "data_ptr") or not hasattr(operators, "_nbytes"):
+        return None
+    address, num_bytes = operators.data_ptr(packed), operators._nbytes(packed)
+    _use_huge_pages(address, num_bytes)
+    memory = (ctypes.c_char * num_bytes).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
+def _use_huge_pages(address: int, num_bytes: int) -> None:
+    """Move memory to pages of 2 MiB: to stream it takes a tenth less time. Advice, which an older
+    Linux, or one without free huge pages, does not take."""
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    stop = (address + num_bytes) // _HUGE_PAGE * _HUGE_PAGE
+    if sys.platform == "linux" and start < stop:
+        size = ctypes.c_size_t(stop - start)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, _MADV_COLLAPSE)
+
+
+def _find_row_blocks(numbers: Tensor, weight: Tensor) -> Tensor | None:
     """The packed numbers as [row blocks, in_features / 2, rows of a block, 2], if that is how they
     lie.
 
@@ -71,11 +99,8 @@ def _find_row_blocks(packed: Tensor, weight: Tensor) -> Tensor | None:
     The guess is checked against the weight: one row of each block.
     """
     num_rows, num_columns = weight.shape
-    operators = torch.ops.mkldnn
-    if num_columns % 2 or not hasattr(operators, "data_ptr") or not hasattr(operators, "_nbytes"):
+    if num_columns % 2:
         return None
-    memory = (ctypes.c_char * operators._nbytes(packed)).from_address(operators.data_ptr(packed))
-    numbers = torch.frombuffer(memory, dtype=weight.dtype)
     for block_size in _ROW_BLOCK_SIZES:
         if numbers.numel() % (num_columns * block_size) or numbers.numel() < weight.numel():
             continue

@@ -6,7 +6,7 @@ from typing import overload
 
 from torch import Tensor
 
-from nbllm_kernels import cpu_elementwise
+from nbllm_kernels import cpu_elementwise, cpu_native
 from nbllm_kernels.dispatch import runs_triton
 
 
@@ -46,7 +46,8 @@ def rms_norm(
         from nbllm_kernels.gpu import rms_norm as gpu
 
         return gpu.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-    if residual is None:
-        return cpu_elementwise.rms_norm(x, weight, eps, weight_offset)
-    total = x + residual
-    return cpu_elementwise.rms_norm(total, weight, eps, weight_offset), total
+    total = x if residual is None else x + residual
+    native = cpu_native.takes_rms_norm(total, weight)
+    norm = cpu_native.rms_norm if native else cpu_elementwise.rms_norm
+    normed = norm(total, weight, eps, weight_offset)
+    return normed if residual is None else (normed, total)

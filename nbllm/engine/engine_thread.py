@@ -18,6 +18,7 @@ from nbllm.engine.engine import Engine
 from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.request_stream import RequestStream
 from nbllm.errors import EngineClosedError, EngineDeadError
+from nbllm_kernels import release_threads
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class EngineThread:
                 self._streams[request] = stream
                 self._engine.add(request)
 
+        release_threads()  # the caller's, who is about to wait
         self._send(add)
 
     def abort(self, requests: Sequence[Request]) -> None:
@@ -135,6 +137,8 @@ class EngineThread:
         try:
             while self._end is None:
                 try:
+                    if not engine.has_requests:
+                        release_threads()
                     self._run_commands(wait=not engine.has_requests)
                     if self._end is None and engine.has_requests:
                         self._deliver(engine.step())

@@ -13,6 +13,7 @@ from nbllm.engine.kv_cache import resolve_config
 from nbllm.engine.model_runner import ModelRunner
 from nbllm.errors import InvalidRequestError, ModelLoadError
 from nbllm.models import load_model
+from nbllm_kernels import release_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
     )
     resolved = resolve_config(config, model_config, device=device, dtype=dtype)
     runner = ModelRunner(model, model_config, resolved, device=device, dtype=dtype)
+    release_threads()  # from here on the engine's thread computes
     return LoadedEngine(Engine(runner, resolved), model_config)
 
 

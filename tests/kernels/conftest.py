@@ -150,3 +150,16 @@ def paged_batch(
         return query, caches[0], caches[1], metadata
 
     return make
+
+
+@pytest.fixture(scope="module", params=["_cpu_avx512", "_cpu_avx2", "_cpu", "PyTorch"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the CPU's ops run on: each build of the C sources, and PyTorch alone."""
+    from nbllm_kernels import cpu_native
+
+    builds = cpu_native.usable_builds()
+    if request.param not in (*builds, "PyTorch"):
+        pytest.skip("not built, or not for this machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_native, "library", builds.get(request.param))
+        yield request.param

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nbllm_kernels import AttentionMetadata, HeadNorm, attention_inputs, reference
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 32, 8
 

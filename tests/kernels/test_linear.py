@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from nbllm_kernels import linear
 from nbllm_kernels.linear import PackedWeight, can_pack
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 BF16 = torch.bfloat16
 packs = pytest.mark.skipif(not can_pack(torch.empty(1, dtype=BF16)), reason="no bfloat16 here")
 
