@@ -8,6 +8,7 @@ from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
 from nbllm_kernels.rotary import rotary
@@ -24,6 +25,8 @@ __all__ = [
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
+    "norm_gated_linear",
+    "norm_linear",
     "pack_weight",
     "paged_attention",
     "rms_norm",
