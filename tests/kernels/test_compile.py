@@ -42,10 +42,12 @@ def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decod
     import triton
 
     from nbllm_kernels.gpu.attention_kernel import paged_attention_kernel
-    from nbllm_kernels.gpu.paged_attention import launch_shape
+    from nbllm_kernels.gpu.decode_attention import decode_shape
+    from nbllm_kernels.gpu.decode_attention_kernel import decode_attention_kernel
+    from nbllm_kernels.gpu.paged_attention import chunk_shape
 
-    shape = launch_shape(is_decode=is_decode, dtype=dtype, head_dim=head_dim, group=group)
-    constants = {
+    shape = (decode_shape if is_decode else chunk_shape)(dtype, head_dim, group)
+    constants: dict[str, Any] = {
         "STRIDE_Q_HEAD": head_dim,
         "NUM_KV_HEADS": 8,
         "GROUP": group,
@@ -54,24 +56,27 @@ def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decod
         "PAGE_SIZE": 64,
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
-        "IS_DECODE": is_decode,
-        "HAS_SPLITS": is_decode,
         "HAS_WINDOW": False,
         "HAS_SOFTCAP": False,
         "PRECISION": "ieee",
     }
+    kernel = paged_attention_kernel
+    if is_decode:
+        kernel = decode_attention_kernel
+        constants |= {"NUM_SPLITS": 16, "LAUNCH_PDL": True}
+        constants["EARLY_TILE"] = dtype != torch.float32
     types: dict[str, str] = {}
-    for name in paged_attention_kernel.arg_names:
+    for name in kernel.arg_names:
         if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
             types[name] = f"*{TYPES[dtype]}"
-        elif name in ("partial_ptr", "max_ptr", "sum_ptr"):
+        elif name == "lse_ptr":
             types[name] = "*fp32"
         elif name.endswith("_ptr"):
             types[name] = "*i32"
         else:
             types[name] = "fp32" if name.startswith("scale") else "i32"
-    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-    return compile_kernel(paged_attention_kernel, types, constants, **options)
+    options: dict[str, Any] = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return compile_kernel(kernel, types, constants, **options)
 
 
 def compile_skinny(

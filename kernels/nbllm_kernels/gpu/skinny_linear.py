@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nbllm_kernels.gpu.device import num_multiprocessors
 from nbllm_kernels.gpu.programmatic_launch import launch_options
 from nbllm_kernels.gpu.skinny_kernels import gemv_kernel, skinny_matmul_kernel
 from nbllm_kernels.gpu.validation import describe, require, require_float, require_like
@@ -210,14 +211,6 @@ def _launch_matmul(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
-
-
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a device; the interpreter's are few, so that small shapes take several programs."""
-    if device.type != "cuda":
-        return 16
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _check(
