@@ -20,6 +20,7 @@ from nbllm_kernels.decode_state import (
     decode_inputs,
 )
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
 from nbllm_kernels.rotary import rotary
@@ -42,6 +43,8 @@ __all__ = [
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
+    "norm_gated_linear",
+    "norm_linear",
     "pack_weight",
     "paged_attention",
     "release_threads",

@@ -12,6 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
     """Decode rows that begin with the same pages; on a GPU these are read once for all of them.
+    Pages have a multiple of 16 tokens.
 
     Attributes:
         lens: [num_seqs] int32, tokens in the pages that a row shares, whole pages; 0 is none.

@@ -155,6 +155,11 @@ def linear(
         return product if residual is None else residual.add_(product)
     if isinstance(weight, PackedWeight):
         return weight.multiply(x, bias, residual)
+    if runs_triton(x):
+        from nbllm_kernels.gpu import skinny_linear as gpu
+
+        if gpu.can_multiply(x, weight):
+            return gpu.skinny_linear(x, weight, bias, residual=residual)
     if residual is None:
         return F.linear(x, weight, bias)
     if bias is None and runs_triton(x):

@@ -193,6 +193,8 @@ class DecodeLoop:
         size, device = len(metadata.seq_lens), metadata.seq_lens.device
         if device.type != "cuda" or size < _MIN_CASCADE_SIZE or metadata.batch_invariant:
             return None
+        if self._batch.block_size % 16:
+            return None
         rows_per_tile = rows_per_prefix_tile(self._config.num_heads, self._config.num_kv_heads)
         num_tiles = -(-size // rows_per_tile) + _MAX_PREFIX_GROUPS - 1
         prefix = SharedPrefix(

@@ -12,7 +12,7 @@ layer (Mistral, Gemma, SmolLM 3), soft-capped scores (Gemma 2).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,18 @@ from nbllm_kernels import (
     HeadNorm,
     attention_inputs,
     gelu_and_mul,
+    norm_gated_linear,
+    norm_linear,
     paged_attention,
     rms_norm,
     silu_and_mul,
 )
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 class RMSNorm(nn.Module):
@@ -50,6 +58,18 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
         return rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset)
+
+    def project(self, x: Tensor, linear: Linear) -> Tensor:
+        """linear(norm(x)), see `nbllm_kernels.norm_linear`."""
+        return norm_linear(
+            x,
+            self.weight,
+            self.eps,
+            linear.matrix,
+            linear.bias,
+            weight_offset=self.offset,
+            batch_invariant=linear.batch_invariant,
+        )
 
 
 class Attention(nn.Module):
@@ -87,9 +107,12 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         kv_cache: Tensor,
         metadata: AttentionMetadata,
+        *,
+        norm: RMSNorm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv_proj(x)
+        """Attention of norm(x), added to a residual if there is one (which may be overwritten)."""
+        qkv = self.qkv_proj(x) if norm is None else norm.project(x, self.qkv_proj)
         if self.qk_norm == "full":
             q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
@@ -131,17 +154,30 @@ class MLP(nn.Module):
             config.mlp_bias,
             batch_invariant=batch_invariant,
         )
-        self.activation = config.hidden_act
-        if self.activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
-            raise ModelLoadError(f"config.json: hidden_act {self.activation!r} is not supported")
+        if config.hidden_act not in _ACTIVATIONS:
+            raise ModelLoadError(f"config.json: hidden_act {config.hidden_act!r} is not supported")
+        self.activation = _ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        gate_up = self.gate_up_proj(x)
-        if self.activation == "silu":
-            inner = silu_and_mul(gate_up)
+    def forward(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The MLP of norm(x), added to a residual if there is one (which may be overwritten)."""
+        if norm is not None:
+            inner = norm_gated_linear(
+                x,
+                norm.weight,
+                norm.eps,
+                self.gate_up_proj.matrix,
+                self.gate_up_proj.bias,
+                activation=self.activation,
+                weight_offset=norm.offset,
+                batch_invariant=self.gate_up_proj.batch_invariant,
+            )
+        elif self.activation == "silu":
+            inner = silu_and_mul(self.gate_up_proj(x))
         else:
-            approximate = "tanh" if self.activation == "gelu_pytorch_tanh" else "none"
-            inner = gelu_and_mul(gate_up, approximate)
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            inner = gelu_and_mul(self.gate_up_proj(x), approximate)
         return cast(Tensor, self.down_proj(inner, residual))
 
 
@@ -172,8 +208,9 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[num_tokens, hidden_size] to the same; may overwrite x."""
         if self.placement == "pre":
-            x = self.self_attn(self.input_layernorm(x), rope, kv_cache, metadata, residual=x)
-            return cast(Tensor, self.mlp(self.post_attention_layernorm(x), residual=x))
+            norm = self.input_layernorm
+            x = self.self_attn(x, rope, kv_cache, metadata, norm=norm, residual=x)
+            return cast(Tensor, self.mlp(x, norm=self.post_attention_layernorm, residual=x))
         normed = x if self.placement == "post" else self.input_layernorm(x)
         attended = self.self_attn(normed, rope, kv_cache, metadata)
         attended = self.post_attention_layernorm(attended)

@@ -32,6 +32,11 @@ class Linear(nn.Module):
         self.batch_invariant = batch_invariant
         self._packed: PackedWeight | None = None
 
+    @property
+    def matrix(self) -> Weight:
+        """The weight as `nbllm_kernels.linear` takes it."""
+        return self.weight if self._packed is None else self._packed
+
     def pack(self) -> None:
         """Trade the plain weight for a packed one, if that pays here."""
         packed = pack_weight(self.weight)
@@ -41,8 +46,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The product, added to a residual if there is one (which may be overwritten)."""
-        weight: Weight = self.weight if self._packed is None else self._packed
-        return linear(x, weight, self.bias, residual=residual, batch_invariant=self.batch_invariant)
+        return linear(
+            x,
+            self.matrix,
+            self.bias,
+            residual=residual,
+            batch_invariant=self.batch_invariant,
+        )
 
 
 class Embedding(nn.Module):

@@ -230,6 +230,7 @@ def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
     beginning = [rng.randrange(2, 500) for _ in range(204)]
     prompts = [beginning + [rng.randrange(2, 500) for _ in range(3)] for _ in range(30)]
     options = {"max_num_seqs": 30, "max_num_batched_tokens": 512, "max_model_len": 256}
+    options |= {"block_size": 16}
     texts = []
     for make in (make_engine, make_gpu_engine):
         engine = make(**options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nbllm_kernels import AttentionMetadata, HeadNorm, attention_inputs, reference
 
-pytestmark = pytest.mark.usefixtures("implementation")
+on_the_cpu = pytest.mark.usefixtures("implementation")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 32, 8
@@ -48,6 +48,7 @@ def one_by_one(
     return q
 
 
+@on_the_cpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rotary_dim", [None, 16, HEAD_DIM])
 @pytest.mark.parametrize("offset", [None, 0.0, 1.0])
@@ -78,6 +79,7 @@ def test_the_result_is_that_of_the_single_ops(
     torch.testing.assert_close(caches.double(), expected_caches, **tolerance)
 
 
+@on_the_cpu
 def test_layers_of_one_step_share_what_depends_on_the_step_alone() -> None:
     width = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     metadata = metadata_of(torch.tensor([3, 9]))

@@ -1,4 +1,4 @@
-"""The attention kernel compiles ahead of time for Hopper (sm_90), on a machine without a GPU."""
+"""Kernels compile ahead of time for Hopper (sm_90), on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -20,16 +20,34 @@ pytestmark = [
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decode: bool) -> Any:
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any
+) -> Any:
+    """Compile for sm_90; pointers and strides are aligned, as a model's are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nbllm_kernels.gpu.attention_kernel import paged_attention_kernel
-    from nbllm_kernels.gpu.paged_attention import launch_shape
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, str] = {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types[name]
+        if name.endswith("_ptr") or name in ("stride_q_token", "stride_x_row", "stride_weight_row"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-    shape = launch_shape(is_decode=is_decode, dtype=dtype, head_dim=head_dim, group=group)
-    constants = {
+
+def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decode: bool) -> Any:
+    import triton
+
+    from nbllm_kernels.gpu.attention_kernel import paged_attention_kernel
+    from nbllm_kernels.gpu.decode_attention import decode_shape
+    from nbllm_kernels.gpu.decode_attention_kernel import decode_attention_kernel
+    from nbllm_kernels.gpu.paged_attention import chunk_shape
+
+    shape = (decode_shape if is_decode else chunk_shape)(dtype, head_dim, group)
+    constants: dict[str, Any] = {
         "STRIDE_Q_HEAD": head_dim,
         "NUM_KV_HEADS": 8,
         "GROUP": group,
@@ -38,31 +56,62 @@ def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decod
         "PAGE_SIZE": 64,
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
-        "IS_DECODE": is_decode,
-        "HAS_SPLITS": is_decode,
-        "HAS_PREFIX": False,
         "HAS_WINDOW": False,
         "HAS_SOFTCAP": False,
         "PRECISION": "ieee",
     }
+    kernel = paged_attention_kernel
+    if is_decode:
+        kernel = decode_attention_kernel
+        constants |= {"NUM_SPLITS": 16, "TOTAL_SPLITS": 16, "LAUNCH_PDL": True}
+        constants["HAS_PREFIX"] = False
+        constants["EARLY_TILE"] = dtype != torch.float32
     types: dict[str, str] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(paged_attention_kernel.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+    for name in kernel.arg_names:
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
             types[name] = f"*{TYPES[dtype]}"
-        elif name in ("partial_ptr", "max_ptr", "sum_ptr"):
+        elif name == "lse_ptr":
             types[name] = "*fp32"
         elif name.endswith("_ptr"):
             types[name] = "*i32"
         else:
             types[name] = "fp32" if name.startswith("scale") else "i32"
-        if name.endswith("_ptr") or name == "stride_q_token":
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(paged_attention_kernel, types, constants, attributes)
-    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    options: dict[str, Any] = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return compile_kernel(kernel, types, constants, **options)
+
+
+def compile_skinny(
+    num_rows: int, out_features: int, in_features: int, activation: str, has_norm: bool
+) -> Any:
+    from nbllm_kernels.gpu.skinny_kernels import gemv_kernel, skinny_matmul_kernel
+    from nbllm_kernels.gpu.skinny_linear import GemvShape, launch_shape
+
+    shape = launch_shape(num_rows, out_features, in_features, 132)
+    constants: dict[str, Any] = {
+        "IN_FEATURES": in_features,
+        "OUT_FEATURES": out_features,
+        "BLOCK_N": shape.block_n,
+        "BLOCK_K": shape.block_k,
+        "HAS_NORM": has_norm,
+        "HAS_BIAS": False,
+        "HAS_RESIDUAL": activation == "none",
+        "ACTIVATION": activation,
+        "TRIGGER_EARLY": False,
+        "LAUNCH_PDL": True,
+    }
+    options: dict[str, Any] = {"num_warps": shape.num_warps, "launch_pdl": True}
+    options["enable_fp_fusion"] = True
+    kernel = gemv_kernel if isinstance(shape, GemvShape) else skinny_matmul_kernel
+    if isinstance(shape, GemvShape):
+        constants |= {"ROWS": num_rows, "CHUNKS": shape.chunks}
+        constants["NUM_GROUPS"] = -(-in_features // (shape.block_k * shape.chunks))
+    else:
+        constants |= {"BLOCK_M": 16, "SLICES": shape.slices, "NORM_FACTOR": 1.0}
+        constants["PREFETCH_LINES"] = shape.prefetch_lines
+        options["num_stages"] = shape.num_stages
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "weight_offset": "fp32"}
+    types |= {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    return compile_kernel(kernel, types, constants, **options)
 
 
 def stack_bytes(cubin: bytes, folder: Path) -> int:
@@ -104,3 +153,28 @@ def test_attention_compiles_for_hopper_without_spills(
         assert "wgmma.mma_async" in ptx
     assert kernel.metadata.shared <= 227 * 1024
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "activation"),
+    [(4096, 1024, "none"), (6144, 1024, "silu"), (1024, 3072, "none"), (4096, 14336, "none")],
+)
+def test_skinny_products_compile_for_hopper_without_spills(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    activation: str,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    has_norm = in_features == 1024
+    kernel = compile_skinny(num_rows, out_features, in_features, activation, has_norm)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    before, after = kernel.asm["ptx"].split("griddepcontrol.wait", 1)
+    weights = re.findall(r"ld\.global[.\w:]*v4|prefetch\.global", before)
+    assert weights  # requested while the kernel before still runs
+    assert "st.global" not in before
+    assert "mma" in after or num_rows < 16

@@ -179,20 +179,53 @@ def test_query_may_be_a_view(paged_batch: PagedBatch, random_tensor: Callable[..
 def test_splits_are_merged(
     paged_batch: PagedBatch, monkeypatch: pytest.MonkeyPatch, num_splits: int, length: int
 ) -> None:
-    from nbllm_kernels.gpu import paged_attention as gpu
+    from nbllm_kernels.gpu import decode_attention as gpu
 
     monkeypatch.setattr(gpu, "choose_num_splits", lambda *_: num_splits)
-    for options in ({}, {"sliding_window": 33}):
-        check(*paged_batch([(1, length), (1, 1), (1, 17), (3, 5)], head_dim=80), **options)
+    for dtype, options in product(TOLERANCE, ({}, {"sliding_window": 33})):
+        batch = paged_batch([(1, length), (1, 1), (1, 17), (3, 5)], head_dim=80, dtype=dtype)
+        check(*batch, **options)
 
 
 def test_splits_fill_the_device_and_no_more() -> None:
-    from nbllm_kernels.gpu.paged_attention import choose_num_splits
+    from nbllm_kernels.gpu.decode_attention import choose_num_splits
 
     assert choose_num_splits(8, 8, 132) == 8  # no more than tiles
-    assert choose_num_splits(8, 1000, 132) == 33
+    assert choose_num_splits(8, 640, 132) == choose_num_splits(8, 2048, 132) == 16
+    assert choose_num_splits(32, 640, 132) == 9
     assert choose_num_splits(132, 1000, 132) == 1
-    assert choose_num_splits(1, 10_000, 132) == 64
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_rows_without_keys_are_zero_and_read_nothing(
+    paged_batch: PagedBatch, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_splits: int
+) -> None:
+    from nbllm_kernels.gpu import decode_attention as gpu
+    from nbllm_kernels.gpu.paged_attention import paged_attention
+
+    monkeypatch.setattr(gpu, "choose_num_splits", lambda *_: num_splits)
+    query, keys, values, metadata = paged_batch([(1, 90), (1, 20), (1, 64)], dtype=dtype)
+    expected = paged_attention(query, keys, values, metadata, scale=0.2)
+    inactive = replace(metadata, seq_lens=metadata.seq_lens.clone(), max_seq_len=1000)
+    inactive = replace(inactive, block_tables=metadata.block_tables.repeat(1, 11))
+    inactive.seq_lens[1] = 0
+    inactive.block_tables[1] = 1 << 30  # reading through it would be out of bounds
+    output = paged_attention(query, keys, values, inactive, scale=0.2)
+    assert not output[1].any()
+    assert torch.equal(output[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("seq_len", [64, 65, 127, 128])
+def test_the_newest_key_is_in_the_first_tile_or_not(
+    paged_batch: PagedBatch, monkeypatch: pytest.MonkeyPatch, seq_len: int
+) -> None:
+    from nbllm_kernels.gpu import decode_attention as gpu
+
+    for num_splits, window in ((1, None), (2, None), (2, 5)):
+        monkeypatch.setattr(gpu, "choose_num_splits", lambda *_, n=num_splits: n)
+        batch = paged_batch([(1, seq_len)], page_size=64, dtype=torch.float16)
+        check(*batch, sliding_window=window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

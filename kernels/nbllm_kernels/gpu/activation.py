@@ -19,6 +19,20 @@ def tanh(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """silu, gelu or gelu_tanh of a block of float32."""
+    if ACTIVATION == "silu":
+        activated = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        # 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, which does not cancel for y < 0.
+        activated = gate / (1.0 + tl.exp(-2.0 * inner))
+    return activated
+
+
+@triton.jit
 def _act_and_mul_kernel(
     x_ptr: tl.tensor,  # [num_rows, 2 * size]
     out_ptr: tl.tensor,  # [num_rows, size], contiguous
@@ -34,14 +48,7 @@ def _act_and_mul_kernel(
     source = x_ptr + row * stride_x_row + column
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(source + SIZE, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        activated = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        # 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, which does not cancel for y < 0.
-        activated = gate / (1.0 + tl.exp(-2.0 * inner))
+    activated = activate(gate, ACTIVATION)
     # Rounded before the product, as two operators of PyTorch would.
     out = activated.to(dtype).to(tl.float32) * up
     tl.store(out_ptr + row * SIZE + column, out.to(dtype), mask=mask)

@@ -1,4 +1,4 @@
-"""The attention kernels: one online-softmax loop over pages, and the merge of its splits.
+"""Attention of prompt chunks: one online-softmax loop over pages.
 
 A program serves BLOCK_Q new tokens of one sequence, for all query heads of one key-value head:
 token and head of the group together are the rows of its tile, so that a page is read once for the
@@ -11,7 +11,7 @@ to the bit (it multiplies by one and adds zero).
 a helper would take and return one by one.
 
 Sources: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 2023,
-arXiv:2307.08691; pages, Kwon et al. 2023, arXiv:2309.06180; split keys, "Flash-Decoding", 2023.
+arXiv:2307.08691; pages, Kwon et al. 2023, arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -47,39 +47,22 @@ def _find_sequence(
     return low
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_seq",
-        "num_seqs",
-        "stride_table",
-        "window",
-        "num_splits",
-        "first_split",
-        "total_splits",
-    ]
-)
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "stride_table", "window"])
 def paged_attention_kernel(
     q_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim]
     k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
     v_ptr: tl.tensor,
     out_ptr: tl.tensor,  # [num_tokens, num_heads, head_dim], contiguous
-    partial_ptr: tl.tensor,  # [num_tokens, num_heads, total_splits, head_dim] float32
-    max_ptr: tl.tensor,  # [num_tokens, num_heads, total_splits] float32; these if HAS_SPLITS
-    sum_ptr: tl.tensor,
     query_start_loc_ptr: tl.tensor,  # [num_seqs + 1] int32
     seq_lens_ptr: tl.tensor,  # [num_seqs] int32
     block_tables_ptr: tl.tensor,  # [num_seqs, max_blocks] int32
-    prefix_lens_ptr: tl.tensor,  # [num_seqs] int32, if HAS_PREFIX: keys that are not its business
-    first_seq: tl.tensor,  # sequences before it have one new token each
+    first_seq: tl.tensor,  # sequences before it have one new token each, and are not served
     num_seqs: tl.tensor,
     stride_q_token: tl.tensor,
     stride_table: tl.tensor,
     scale: tl.tensor,  # of q k^T: times log2(e), or divided by the softcap
     scale_out: tl.tensor,  # softcap * log2(e)
     window: tl.tensor,
-    num_splits: tl.tensor,
-    first_split: tl.tensor,  # where this kernel's splits begin
-    total_splits: tl.tensor,
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -88,30 +71,20 @@ def paged_attention_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IS_DECODE: tl.constexpr,
-    HAS_SPLITS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    BLOCK_Q: tl.constexpr = 1 if IS_DECODE else BLOCK_M // GROUP
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    if IS_DECODE:
-        seq = tl.program_id(0)
-        start = seq  # decode rows come first
-        query_len = 1
-        first = 0
-    else:
-        # Late blocks have the most keys: they go first.
-        block = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = _find_sequence(query_start_loc_ptr, block, first_seq, num_seqs, BLOCK_Q)
-        start = tl.load(query_start_loc_ptr + seq)
-        query_len = tl.load(query_start_loc_ptr + seq + 1) - start
-        first = (block - ((start - first_seq) // BLOCK_Q + seq - first_seq)) * BLOCK_Q
-        if first >= query_len:
-            return
+    # Late blocks have the most keys: they go first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    seq = _find_sequence(query_start_loc_ptr, block, first_seq, num_seqs, BLOCK_Q)
+    start = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - start
+    first = (block - ((start - first_seq) // BLOCK_Q + seq - first_seq)) * BLOCK_Q
+    if first >= query_len:
+        return
     seq_len = tl.load(seq_lens_ptr + seq)
     offset = seq_len - query_len  # position of the first new token
 
@@ -133,14 +106,8 @@ def paged_attention_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(offset + first - window + 1, 0)
-    if HAS_PREFIX:
-        low = tl.maximum(low, tl.load(prefix_lens_ptr + seq))
     begin = low // BLOCK_N
     end = tl.cdiv(high, BLOCK_N)
-    if HAS_SPLITS:
-        tiles_per_split = tl.cdiv(end - begin, num_splits)
-        begin += split * tiles_per_split
-        end = tl.minimum(begin + tiles_per_split, end)
 
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -185,51 +152,6 @@ def paged_attention_kernel(
         acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest
 
-    if HAS_SPLITS:
-        out_row = out_row * total_splits + first_split + split
-        tl.store(max_ptr + out_row, highest, mask=row_mask)
-        tl.store(sum_ptr + out_row, total, mask=row_mask)
-        tl.store(partial_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=q_mask)
-    else:
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-
-
-@triton.jit(do_not_specialize=["num_splits", "num_prefix_splits"])
-def merge_splits_kernel(
-    partial_ptr: tl.tensor,  # [num_rows, num_splits, head_dim] float32, not normalized
-    max_ptr: tl.tensor,  # [num_rows, num_splits] float32
-    sum_ptr: tl.tensor,
-    out_ptr: tl.tensor,  # [num_rows, head_dim]
-    prefix_lens_ptr: tl.tensor,  # [num_seqs] int32, if HAS_PREFIX
-    num_splits: tl.tensor,
-    num_prefix_splits: tl.tensor,  # the first so many are of the shared prefix, if there is one
-    NUM_HEADS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    dim = tl.arange(0, PADDED_DIM)
-    split = tl.arange(0, PADDED_SPLITS)
-    part = row * num_splits
-    split_mask = split < num_splits
-    first_split = 0
-    if HAS_PREFIX:
-        if tl.load(prefix_lens_ptr + row // NUM_HEADS) == 0:  # nobody wrote these
-            first_split = num_prefix_splits
-        split_mask = split_mask & (split >= first_split)
-    maxima = tl.load(max_ptr + part + split, mask=split_mask, other=float("-inf"))
-    sums = tl.load(sum_ptr + part + split, mask=split_mask, other=0.0)
-    highest = tl.max(maxima, axis=0)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(sums * tl.exp2(maxima - shift), axis=0)
-    acc = tl.zeros((PADDED_DIM,), dtype=tl.float32)
-    for i in range(first_split, num_splits):
-        weight = tl.exp2(tl.load(max_ptr + part + i) - shift)
-        source = partial_ptr + (part + i) * HEAD_DIM + dim
-        acc += weight * tl.load(source, mask=dim < HEAD_DIM, other=0.0)
-    out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)

@@ -3,7 +3,7 @@
 Rows of a DataFrame begin with the same template, so their first pages are the same ones. Attended
 to row by row, these pages are read once per row; here a tile holds the query heads of many rows, so
 that one read of a page serves them all, in products that are large enough for the tensor cores'
-fast path. The rest of each row is `paged_attention_kernel`'s business, and `merge_splits_kernel`
+fast path. The rest of each row is `decode_attention_kernel`'s business, and `merge_splits_kernel`
 puts the two together by their log-sum-exp.
 
 Sources: Hydragen, Juravsky et al. 2024, arXiv:2402.05099; cascade inference, Ye et al. 2024
@@ -14,27 +14,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nbllm_kernels.gpu.activation import tanh
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_prefix_splits", "total_splits"])
+@triton.jit(do_not_specialize=["stride_table"])
 def prefix_attention_kernel(
     q_ptr: tl.tensor,  # [num_seqs, num_heads, head_dim]
     k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
     v_ptr: tl.tensor,
-    partial_ptr: tl.tensor,  # [num_seqs, num_heads, total_splits, head_dim] float32
-    max_ptr: tl.tensor,  # [num_seqs, num_heads, total_splits] float32
-    sum_ptr: tl.tensor,
+    out_ptr: tl.tensor,  # [num_seqs, num_heads, TOTAL_SPLITS, head_dim], each split normalized
+    lse_ptr: tl.tensor,  # [num_seqs, num_heads, TOTAL_SPLITS] float32, base 2
     prefix_lens_ptr: tl.tensor,  # [num_seqs] int32
     tile_rows_ptr: tl.tensor,  # [num_tiles, ROWS] int32, -1 is none
     block_tables_ptr: tl.tensor,  # [num_seqs, max_blocks] int32
     stride_q_token: tl.tensor,
     stride_table: tl.tensor,
-    scale: tl.tensor,  # as in paged_attention_kernel
+    scale: tl.tensor,  # as in decode_attention_kernel
     scale_out: tl.tensor,
-    num_prefix_splits: tl.tensor,
-    total_splits: tl.tensor,
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -44,9 +42,15 @@ def prefix_attention_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    TOTAL_SPLITS: tl.constexpr,  # the first NUM_SPLITS of them are this kernel's
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ) -> None:
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -68,7 +72,7 @@ def prefix_attention_kernel(
     # Whole pages are shared, and a tile of keys lies within a page: nothing is masked but heads
     # that are padded.
     num_tiles = num_keys // BLOCK_N
-    tiles_per_split = tl.cdiv(num_tiles, num_prefix_splits)
+    tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, num_tiles)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -100,7 +104,9 @@ def prefix_attention_kernel(
         acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest
 
-    out_row = (seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head) * total_splits + split
-    tl.store(max_ptr + out_row, highest, mask=row_mask)
-    tl.store(sum_ptr + out_row, total, mask=row_mask)
-    tl.store(partial_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=q_mask)
+    out_row = (seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head) * TOTAL_SPLITS + split
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    # log2(0) is minus infinity: an empty split has no weight.
+    tl.store(lse_ptr + out_row, highest + tl.log2(total), mask=row_mask)
