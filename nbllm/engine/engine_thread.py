@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +23,41 @@ from nbllm_kernels import release_threads
 
 logger = logging.getLogger(__name__)
 
+_SHORT_INTERVAL_S = 2e-4
+
 T = TypeVar("T")
 _Command = Callable[[], None]
+
+
+class _SwitchInterval:
+    """How long Python lets a thread run before another one that waits gets its turn.
+
+    Every operator of PyTorch lets go of the interpreter's lock; to get it back from a cell that
+    computes in pure Python takes a whole interval, by default 5 ms, many times the operator itself.
+    The interval is short only while some engine of the process has something to do.
+    """
+
+    _lock = threading.Lock()
+    _num_busy = 0
+    _usual = 0.0
+
+    def __init__(self) -> None:
+        self._is_short = False
+
+    def set(self, *, is_short: bool) -> None:
+        """Make it short for this engine, or don't."""
+        if is_short == self._is_short:
+            return
+        self._is_short = is_short
+        shared = _SwitchInterval
+        with shared._lock:
+            if is_short and shared._num_busy == 0:
+                shared._usual = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SHORT_INTERVAL_S, shared._usual))
+            shared._num_busy += 1 if is_short else -1
+            # Unless somebody has set it in the meantime.
+            if shared._num_busy == 0 and sys.getswitchinterval() <= _SHORT_INTERVAL_S:
+                sys.setswitchinterval(shared._usual)
 
 
 class EngineThread:
@@ -134,9 +168,11 @@ class EngineThread:
     def _run(self) -> None:
         engine = self._engine
         assert engine is not None
+        interval = _SwitchInterval()
         try:
             while self._end is None:
                 try:
+                    interval.set(is_short=engine.has_requests)
                     if not engine.has_requests:
                         release_threads()
                     self._run_commands(wait=not engine.has_requests)
@@ -151,6 +187,7 @@ class EngineThread:
         except BaseException as error:
             self._end = error
         finally:
+            interval.set(is_short=False)
             self._shut_down(engine)
 
     def _run_commands(self, *, wait: bool) -> None:

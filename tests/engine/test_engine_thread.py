@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from nbllm import EngineClosedError, EngineDeadError
 from nbllm.engine.engine import Engine
-from nbllm.engine.engine_thread import EngineThread
+from nbllm.engine.engine_thread import EngineThread, _SwitchInterval
 from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.request_stream import RequestStream
 
@@ -143,3 +144,36 @@ def test_many_threads_submit_and_abort_at_once(
         worker.join(60)
     assert len(finished) == 64
     assert thread.call(lambda engine: engine.metrics())["num_requests_running"] == 0
+
+
+def test_the_switch_interval_is_short_while_some_engine_works_and_no_longer() -> None:
+    usual = sys.getswitchinterval()
+    first, second = _SwitchInterval(), _SwitchInterval()
+    for engine, is_short in ((first, True), (second, True), (first, False), (second, False)):
+        assert (sys.getswitchinterval() < usual) == (engine is not first or not is_short)
+        engine.set(is_short=is_short)
+        engine.set(is_short=is_short)  # said twice, counted once
+    assert sys.getswitchinterval() == usual
+
+
+def test_an_interval_that_the_user_has_set_meanwhile_stays() -> None:
+    usual = sys.getswitchinterval()
+    engine = _SwitchInterval()
+    engine.set(is_short=True)
+    sys.setswitchinterval(0.01)
+    engine.set(is_short=False)
+    try:
+        assert sys.getswitchinterval() == 0.01
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def test_an_engine_that_is_done_leaves_the_switch_interval_as_it_was(
+    thread: EngineThread, make_request: MakeRequest
+) -> None:
+    usual = sys.getswitchinterval()
+    request, stream = make_request([1, 2, 3]), RequestStream()
+    thread.submit([request], stream)
+    read_all(stream, request)
+    thread.close()
+    assert sys.getswitchinterval() == usual
