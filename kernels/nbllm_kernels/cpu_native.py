@@ -77,7 +77,12 @@ library = next(iter(usable_builds().values()), None)  # None: nothing fits, or w
 
 
 def takes_rms_norm(x: Tensor, weight: Tensor) -> bool:
-    return _is_row_of_vectors(x, 1) and weight.dtype == x.dtype and weight.is_contiguous()
+    return (
+        _is_row_of_vectors(x, 1)
+        and weight.dtype == x.dtype
+        and weight.shape == x.shape[-1:]
+        and weight.is_contiguous()
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -137,23 +142,20 @@ def takes_attention_inputs(
     rope: tuple[Tensor, Tensor] | None,
     norm: HeadNorm | None,
 ) -> bool:
-    dtype, head_dim = qkv.dtype, key_cache.shape[3]
-    if not (qkv.is_contiguous() and _takes_cache(dtype, key_cache, value_cache)):
+    num_tokens, head_dim = qkv.shape[0], key_cache.shape[3]
+    if not (qkv.is_contiguous() and _takes_cache(qkv.dtype, key_cache, value_cache)):
         return False
-    if metadata.slot_mapping.dtype != torch.int64 or not metadata.slot_mapping.is_contiguous():
+    if not _is_index(metadata.slot_mapping, num_tokens):
         return False
-    if norm is not None and not (norm.query_weight.dtype == norm.key_weight.dtype == dtype):
-        return False
+    if norm is not None:
+        for weight in (norm.query_weight, norm.key_weight):
+            if weight.dtype != qkv.dtype or weight.shape != (head_dim,):
+                return False
     if rope is None:
         return True
     table, rows = rope
-    return (
-        table.dtype == torch.float32
-        and rows.dtype == torch.int64
-        and table.shape[1] <= head_dim
-        and table.is_contiguous()
-        and rows.is_contiguous()
-    )
+    is_table = table.dtype == torch.float32 and table.is_contiguous()
+    return is_table and table.shape[1] <= head_dim and _is_index(rows, num_tokens)
 
 
 def attention_inputs(
@@ -256,7 +258,10 @@ def _plan_attention(
     behind = starts[1:][sequences] - torch.arange(1, num_rows + 1, dtype=torch.int32)
     lens = metadata.seq_lens.to(torch.int32)[sequences] - behind
     tables = metadata.block_tables.to(torch.int32).contiguous()
-    max_parts = -(-int(lens.max()) // _PART)
+    max_len = int(lens.max())
+    if max_len > tables.shape[1] * block_size:
+        raise IndexError("a sequence is longer than its row of the block tables")
+    max_parts = -(-max_len // _PART)
     parts = torch.empty(num_rows * num_heads * max_parts * (head_dim + 2) if max_parts > 1 else 0)
     arguments = _Attention(
         parts=parts.data_ptr(),
@@ -277,9 +282,14 @@ def _plan_attention(
     return _AttentionPlan(arguments, (sequences, lens, tables, parts))
 
 
-def takes_packed(num_rows: int) -> bool:
-    """Whether `multiply_packed` runs for so many rows: for more, oneDNN is faster."""
-    return library is not None and 1 <= num_rows <= _MAX_PACKED_ROWS
+def takes_packed(x: Tensor, blocks: Tensor) -> bool:
+    """Whether `multiply_packed` runs: for more rows, oneDNN is faster."""
+    return (
+        library is not None
+        and 1 <= x.shape[0] <= _MAX_PACKED_ROWS
+        and x.dtype == torch.bfloat16
+        and x.shape[1] == 2 * blocks.shape[1]
+    )
 
 
 def multiply_packed(
@@ -291,11 +301,12 @@ def multiply_packed(
         x: [num_rows, in_features].
         blocks: the weight, [row blocks, in_features / 2, rows of a block, 2].
         out_features: the last block may have more rows.
-        bias, residual: [out_features] and [num_rows, out_features], or None.
+        bias, residual: [out_features] and [num_rows, out_features], bfloat16, or None.
     """
     assert library is not None
     num_rows, in_features = x.shape
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(num_rows, out_features)
     library.multiply_packed(
@@ -322,6 +333,10 @@ def _is_row_of_vectors(x: Tensor, parts: int) -> bool:
         and x.shape[-1] % (parts * _LANES) == 0
         and x.is_contiguous()
     )
+
+
+def _is_index(index: Tensor, size: int) -> bool:
+    return index.dtype == torch.int64 and index.shape == (size,) and index.is_contiguous()
 
 
 def _takes_cache(dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor) -> bool:

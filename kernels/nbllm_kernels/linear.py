@@ -48,7 +48,7 @@ class PackedWeight:
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual for x [num_rows, in_features]."""
         num_rows = x.shape[0]
-        if self._blocks is not None and cpu_native.takes_packed(num_rows):
+        if self._blocks is not None and cpu_native.takes_packed(x, self._blocks):
             return cpu_native.multiply_packed(x, self._blocks, self.shape[0], bias, residual)
         padding = max(_FASTEST_ROWS - num_rows, 0)
         if padding:
