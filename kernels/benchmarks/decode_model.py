@@ -17,6 +17,7 @@ from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
     attention_inputs,
+    attention_projection,
     linear,
     norm_gated_linear,
     norm_linear,
@@ -171,11 +172,13 @@ class DecodeModel:
         rope = self.table, self.positions
         query = attention_inputs(qkv, keys, values, self.metadata, rope=rope, norm=layer.head_norm)
         scale = self.spec.head_dim**-0.5
-        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
         if fused:
-            x = linear(attended, layer.o, residual=x)
+            x = attention_projection(
+                query, keys, values, self.metadata, layer.o, scale=scale, residual=x
+            )
             inner = norm_gated_linear(x, layer.post_norm, EPS, layer.gate_up)
             return linear(inner, layer.down, residual=x)
+        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
         x.addmm_(attended, layer.o.t())
         gate_up = F.linear(rms_norm(x, layer.post_norm, EPS), layer.gate_up)
         return x.addmm_(silu_and_mul(gate_up), layer.down.t())

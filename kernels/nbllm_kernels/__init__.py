@@ -7,6 +7,7 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.attention_projection import attention_projection
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
@@ -22,6 +23,7 @@ __all__ = [
     "SamplingTensors",
     "Weight",
     "attention_inputs",
+    "attention_projection",
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
