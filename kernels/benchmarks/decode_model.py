@@ -16,9 +16,11 @@ from torch import Tensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
+    SamplingTensors,
     attention_inputs,
     attention_projection,
     linear,
+    lm_head_sample,
     norm_gated_linear,
     norm_linear,
     paged_attention,
@@ -114,6 +116,17 @@ class DecodeModel:
             max_seq_len=pages_per_row * PAGE,
             num_decode_seqs=num_rows,
         )
+        ones = torch.ones(num_rows, device="cuda")
+        self.greedy = SamplingTensors(
+            temperature=0 * ones,
+            top_k=(0 * ones).int(),
+            top_p=ones,
+            min_p=0 * ones,
+            seeds=self.positions,
+            positions=self.positions,
+            all_greedy=True,
+            any_filter=False,
+        )
         self.reset()
 
     @staticmethod
@@ -157,7 +170,10 @@ class DecodeModel:
         for layer in self.layers:
             hidden = self.run_layer(layer, hidden, fused=fused)
         normed = rms_norm(hidden, self.norm, EPS)
-        self.tokens.copy_(F.linear(normed, self.head).argmax(dim=-1))
+        if fused:
+            self.tokens.copy_(lm_head_sample(normed, self.head, self.greedy))
+        else:
+            self.tokens.copy_(F.linear(normed, self.head).argmax(dim=-1))
         self.hidden.copy_(hidden)
         self.positions.add_(1)
         self._place()

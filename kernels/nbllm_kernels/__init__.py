@@ -9,6 +9,7 @@ from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.attention_projection import attention_projection
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels.lm_head_sample import lm_head_sample
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
+    "lm_head_sample",
     "norm_gated_linear",
     "norm_linear",
     "pack_weight",
