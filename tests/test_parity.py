@@ -28,14 +28,14 @@ def reference(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     model.generation_config.eos_token_id = None  # all texts have their full length
     with torch.inference_mode():
         generated = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
             max_new_tokens=NUM_NEW,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
-    logits = torch.cat(generated.logits).float()
+    logits = torch.cat(generated.logits).float().cpu()
     return generated.sequences[0, len(prompt) :].tolist(), torch.log_softmax(logits, dim=-1)
 
 
@@ -72,7 +72,7 @@ def check_bfloat16(make_checkpoint: MakeCheckpoint, device: str, count: int) -> 
     exact = copy.deepcopy(model)
     for parameter in exact.parameters():  # not the buffers: the rotary frequencies stay float32
         parameter.data = parameter.data.bfloat16().float()
-    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
     prompts = random_prompts(count)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
     options: dict[str, Any] = {"skip_tokenizer_init": True, "device": device, "dtype": "bfloat16"}

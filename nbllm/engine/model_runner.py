@@ -217,6 +217,8 @@ class ModelRunner:
         del self.batch
         gc.collect()
         if self.device.type == "cuda":
+            # cuBLAS keeps a workspace for every stream that it was used on; ours is gone.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         elif sys.platform == "linux":
             # glibc keeps what was freed below something that is still in use; ask it not to.

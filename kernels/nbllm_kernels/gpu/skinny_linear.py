@@ -134,7 +134,7 @@ def skinny_linear(
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
     """
-    _check(x, weight, bias, norm, residual, activation)
+    check_product(x, weight, bias, norm, residual, activation)
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
     width = out_features if activation == "none" else out_features // 2
@@ -212,7 +212,7 @@ def _launch_matmul(
     )
 
 
-def _check(
+def check_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -220,6 +220,11 @@ def _check(
     residual: Tensor | None,
     activation: str,
 ) -> None:
+    """The arguments of `skinny_linear` fit.
+
+    Raises:
+        ValueError: they don't.
+    """
     require_float("x", x, 2)
     require_float("weight", weight, 2)
     require_like("weight", weight, x)
