@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from decode_model import EPS, SPECS, DecodeModel, Spec
 from torch import Tensor
 
-from nbllm_kernels import lm_head_sample, rms_norm, sample, silu_and_mul
+from nbllm_kernels import rms_norm, silu_and_mul
 from nbllm_kernels.gpu.programmatic_launch import without_programmatic_launch
 from nbllm_kernels.gpu.skinny_linear import (
     GemvShape,
@@ -242,30 +242,6 @@ def measure_steps(names: list[str], read: float) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_heads(names: list[str], read: float) -> None:
-    report("lm_head + choice     rows  greedy us  of read  sampled us  cuBLAS us  same tokens")
-    for name, num_rows in itertools.product(names, ROWS):
-        report(measure_head(SPECS[name], num_rows, read))
-
-
-def measure_head(spec: Spec, num_rows: int, read: float) -> str:
-    """A row of the table. Tokens may differ where the best logits are equal but for rounding."""
-    model = DecodeModel(spec, num_rows, CONTEXT, 1)
-    hidden, head, params = model.hidden.normal_(), model.head, model.greedy
-    warm = replace(params, temperature=params.top_p, all_greedy=False)
-    logits = F.linear(hidden, head).float()
-    same = [
-        int((lm_head_sample(hidden, head, p) == sample(logits.clone(), p)).sum())
-        for p in (params, warm)
-    ]
-    us = graph_us(lambda: lm_head_sample(hidden, head, params))
-    sampled = graph_us(lambda: lm_head_sample(hidden, head, warm))
-    composed = graph_us(lambda: F.linear(hidden, head).argmax(dim=-1))
-    share = head.nbytes / us / 1e3 / read
-    times = f"{us:7.1f}  {share:6.1%}  {sampled:7.1f}  {composed:7.1f}"
-    return f"{spec.name:22}{num_rows:3}  {times}  {same} of {num_rows}"
-
-
 def run_layers(model: DecodeModel, hidden: Tensor) -> None:
     for layer in model.layers:
         model.run_layer(layer, hidden, fused=True)
@@ -325,7 +301,6 @@ def main() -> None:
     read = ceilings()
     check_identity(options.models[:2])
     measure_steps(options.models, read)
-    measure_heads(options.models, read)
     measure_products(options.models, read, options.sweep)
     print(f"\n{torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s")
     print("\n".join(lines))

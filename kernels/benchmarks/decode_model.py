@@ -16,11 +16,8 @@ from torch import Tensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
-    SamplingTensors,
     attention_inputs,
-    attention_projection,
     linear,
-    lm_head_sample,
     norm_gated_linear,
     norm_linear,
     paged_attention,
@@ -116,17 +113,6 @@ class DecodeModel:
             max_seq_len=pages_per_row * PAGE,
             num_decode_seqs=num_rows,
         )
-        ones = torch.ones(num_rows, device="cuda")
-        self.greedy = SamplingTensors(
-            temperature=0 * ones,
-            top_k=(0 * ones).int(),
-            top_p=ones,
-            min_p=0 * ones,
-            seeds=self.positions,
-            positions=self.positions,
-            all_greedy=True,
-            any_filter=False,
-        )
         self.reset()
 
     @staticmethod
@@ -170,10 +156,7 @@ class DecodeModel:
         for layer in self.layers:
             hidden = self.run_layer(layer, hidden, fused=fused)
         normed = rms_norm(hidden, self.norm, EPS)
-        if fused:
-            self.tokens.copy_(lm_head_sample(normed, self.head, self.greedy))
-        else:
-            self.tokens.copy_(F.linear(normed, self.head).argmax(dim=-1))
+        self.tokens.copy_(F.linear(normed, self.head).argmax(dim=-1))
         self.hidden.copy_(hidden)
         self.positions.add_(1)
         self._place()
@@ -188,13 +171,11 @@ class DecodeModel:
         rope = self.table, self.positions
         query = attention_inputs(qkv, keys, values, self.metadata, rope=rope, norm=layer.head_norm)
         scale = self.spec.head_dim**-0.5
+        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
         if fused:
-            x = attention_projection(
-                query, keys, values, self.metadata, layer.o, scale=scale, residual=x
-            )
+            x = linear(attended, layer.o, residual=x)
             inner = norm_gated_linear(x, layer.post_norm, EPS, layer.gate_up)
             return linear(inner, layer.down, residual=x)
-        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
         x.addmm_(attended, layer.o.t())
         gate_up = F.linear(rms_norm(x, layer.post_norm, EPS), layer.gate_up)
         return x.addmm_(silu_and_mul(gate_up), layer.down.t())

@@ -11,7 +11,6 @@ from nbllm_kernels.attention_metadata import (
     SharedPrefix,
     rows_per_prefix_tile,
 )
-from nbllm_kernels.attention_projection import attention_projection
 from nbllm_kernels.cpu_threads import release_threads
 from nbllm_kernels.decode_state import (
     BAD_LOGITS,
@@ -21,7 +20,6 @@ from nbllm_kernels.decode_state import (
     decode_inputs,
 )
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
-from nbllm_kernels.lm_head_sample import lm_head_sample
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.rms_norm import rms_norm
@@ -41,12 +39,10 @@ __all__ = [
     "Weight",
     "append_tokens",
     "attention_inputs",
-    "attention_projection",
     "decode_inputs",
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
-    "lm_head_sample",
     "norm_gated_linear",
     "norm_linear",
     "pack_weight",

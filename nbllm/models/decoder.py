@@ -28,10 +28,10 @@ from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
     attention_inputs,
-    attention_projection,
     gelu_and_mul,
     norm_gated_linear,
     norm_linear,
+    paged_attention,
     rms_norm,
     silu_and_mul,
 )
@@ -120,18 +120,16 @@ class Attention(nn.Module):
         q = attention_inputs(
             qkv, key_cache, value_cache, metadata, rope=rope, norm=self._head_norm()
         )
-        return attention_projection(
+        attended = paged_attention(
             q,
             key_cache,
             value_cache,
             metadata,
-            self.o_proj.matrix,
-            self.o_proj.bias,
             scale=self.scale,
             sliding_window=self.window,
             softcap=self.softcap,
-            residual=residual,
         )
+        return cast(Tensor, self.o_proj(attended.flatten(-2), residual))
 
     def _head_norm(self) -> HeadNorm | None:
         if self.qk_norm != "head":

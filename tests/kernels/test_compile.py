@@ -178,36 +178,3 @@ def test_skinny_products_compile_for_hopper_without_spills(
     assert weights  # requested while the kernel before still runs
     assert "st.global" not in before
     assert "mma" in after or num_rows < 16
-
-
-@pytest.mark.parametrize("num_rows", [1, 4, 16])
-def test_the_head_compiles_for_hopper_without_spills(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int
-) -> None:
-    from nbllm_kernels.gpu import lm_head_sample as head
-    from nbllm_kernels.gpu.skinny_linear import GemvShape
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    shape = head.head_shape(num_rows, 151_936, 1024, 132)
-    constants: dict[str, Any] = {
-        "IN_FEATURES": 1024,
-        "VOCAB_SIZE": 151_936,
-        "BLOCK_N": shape.block_n,
-        "BLOCK_K": shape.block_k,
-        "ALL_GREEDY": False,
-        "HAS_SOFTCAP": False,
-        "LAUNCH_PDL": True,
-    }
-    options: dict[str, Any] = {"num_warps": shape.num_warps, "enable_fp_fusion": True}
-    if isinstance(shape, GemvShape):
-        kernel = head.lm_head_gemv_kernel
-        constants |= {"ROWS": num_rows, "CHUNKS": shape.chunks, "NUM_GROUPS": 1}
-    else:
-        kernel = head.lm_head_matmul_kernel
-        constants["BLOCK_M"] = 16
-        options["num_stages"] = shape.num_stages
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"softcap": "fp32", "id_ptr": "*i32"}
-    types |= {"x_ptr": "*bf16", "weight_ptr": "*bf16", "temperature_ptr": "*fp32"}
-    types |= {"seeds_ptr": "*i64", "positions_ptr": "*i64", "value_ptr": "*fp32"}
-    compiled = compile_kernel(kernel, types, constants, launch_pdl=True, **options)
-    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbllm_kernels import (
-    gelu_and_mul,
-    linear,
-    norm_gated_linear,
-    norm_linear,
-    rms_norm,
-    silu_and_mul,
-)
+from nbllm_kernels import linear
 from nbllm_kernels.linear import PackedWeight, can_pack
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -78,17 +71,3 @@ def test_a_residual_is_added_to_a_plain_product(batch_invariant: bool) -> None:
     expected = F.linear(x, weight, bias) + residual
     actual = linear(x, weight, bias, residual=residual, batch_invariant=batch_invariant)
     torch.testing.assert_close(actual, expected)
-
-
-def test_norms_and_activations_around_a_product_are_those_of_the_single_ops() -> None:
-    x, norm, weight, bias = (
-        random(*shape, seed=i, dtype=torch.float32)
-        for i, shape in enumerate([(5, 8), (8,), (12, 8), (12,)])
-    )
-    product = F.linear(rms_norm(x, norm, 1e-5, weight_offset=1.0), weight, bias)
-    arguments = (x, norm, 1e-5, weight, bias)
-    torch.testing.assert_close(norm_linear(*arguments, weight_offset=1.0), product)
-    gated = norm_gated_linear(*arguments, weight_offset=1.0)
-    torch.testing.assert_close(gated, silu_and_mul(product))
-    gated = norm_gated_linear(*arguments, weight_offset=1.0, activation="gelu_tanh")
-    torch.testing.assert_close(gated, gelu_and_mul(product, "tanh"))

@@ -13,7 +13,6 @@ from nbllm_kernels.gpu.decode_attention_kernel import decode_attention_kernel, m
 from nbllm_kernels.gpu.device import num_multiprocessors
 from nbllm_kernels.gpu.prefix_attention_kernel import prefix_attention_kernel
 from nbllm_kernels.gpu.programmatic_launch import launch_options
-from nbllm_kernels.gpu.validation import require
 
 LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
@@ -42,13 +41,7 @@ class Scores:
 
     @classmethod
     def make(cls, scale: float, window: int | None, softcap: float | None) -> Scores:
-        """From what `nbllm_kernels.paged_attention` takes.
-
-        Raises:
-            ValueError: window or softcap is not positive.
-        """
-        require(window is None or window > 0, lambda: f"sliding_window is {window}")
-        require(softcap is None or softcap > 0, lambda: f"softcap is {softcap}")
+        """From what `nbllm_kernels.paged_attention` takes."""
         if softcap is None:
             return cls(scale * LOG2_E, 1.0, window, None)
         return cls(scale / softcap, softcap * LOG2_E, window, softcap)

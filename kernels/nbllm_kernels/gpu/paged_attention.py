@@ -61,9 +61,9 @@ def paged_attention(
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
     """
-    scores = Scores.make(scale, sliding_window, softcap)
-    check_attention(query, key_cache, value_cache, metadata)
+    _check(query, key_cache, value_cache, metadata, sliding_window, softcap)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    scores = Scores.make(scale, sliding_window, softcap)
     num_seqs = metadata.seq_lens.shape[0]
     num_decodes = 0 if metadata.batch_invariant else metadata.num_decode_seqs
     if num_decodes:
@@ -121,17 +121,14 @@ def _launch_chunks(
     )
 
 
-def check_attention(
+def _check(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     metadata: AttentionMetadata,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> None:
-    """The arguments of attention fit.
-
-    Raises:
-        ValueError: they don't.
-    """
     require_float("query", query, 3)
     check_cache(key_cache, value_cache, query)
     _, num_heads, head_dim = query.shape
@@ -147,6 +144,10 @@ def check_attention(
             f"{num_heads} query heads for {num_kv_heads} key heads: at most {_MAX_GROUP} for each"
         ),
     )
+    require(
+        sliding_window is None or sliding_window > 0, lambda: f"sliding_window is {sliding_window}"
+    )
+    require(softcap is None or softcap > 0, lambda: f"softcap is {softcap}")
     device = query.device
     shape = (num_seqs + 1,)
     require_index("query_start_loc", metadata.query_start_loc, shape, torch.int32, device)

@@ -43,7 +43,7 @@ def _add_bias(
 
 
 @triton.jit
-def load_tile(
+def _load_tile(
     weight_row_ptr: tl.tensor,  # [BLOCK_N, 1, 1]
     row_mask: tl.tensor,
     group: tl.tensor,
@@ -63,7 +63,7 @@ def load_tile(
 
 
 @triton.jit
-def load_vector(
+def _load_vector(
     vector_ptr: tl.tensor,
     size: tl.tensor,
     group: tl.tensor,
@@ -130,9 +130,9 @@ def gemv_kernel(
     rows = _weight_rows(OUT_FEATURES, BLOCK_N, ACTIVATION != "none")
     weight_row_ptr = weight_ptr + (rows.to(tl.int64) * stride_weight_row)[:, None, None]
     row_mask = (rows < OUT_FEATURES)[:, None, None]
-    w = load_tile(weight_row_ptr, row_mask, 0, IN_FEATURES, CHUNKS, BLOCK_K)
+    w = _load_tile(weight_row_ptr, row_mask, 0, IN_FEATURES, CHUNKS, BLOCK_K)
     if HAS_NORM:
-        g = load_vector(norm_weight_ptr, IN_FEATURES, 0, CHUNKS, BLOCK_K)
+        g = _load_vector(norm_weight_ptr, IN_FEATURES, 0, CHUNKS, BLOCK_K)
     if LAUNCH_PDL:
         if TRIGGER_EARLY:
             gdc_launch_dependents()
@@ -148,17 +148,17 @@ def gemv_kernel(
         residual = rows
         if HAS_RESIDUAL:
             residual = tl.load(out_row_ptr + rows, mask=rows < num_columns, other=0.0)
-        x = load_vector(x_row_ptr, x_size, 0, CHUNKS, BLOCK_K)
+        x = _load_vector(x_row_ptr, x_size, 0, CHUNKS, BLOCK_K)
         square = x * x
         if HAS_NORM:
             x = x * (g + weight_offset)
         acc = tl.sum(w.to(tl.float32) * x[None, :, :], axis=1)  # [BLOCK_N, BLOCK_K]
         for group in range(1, NUM_GROUPS):
-            w = load_tile(weight_row_ptr, row_mask, group, IN_FEATURES, CHUNKS, BLOCK_K)
-            x = load_vector(x_row_ptr, x_size, group, CHUNKS, BLOCK_K)
+            w = _load_tile(weight_row_ptr, row_mask, group, IN_FEATURES, CHUNKS, BLOCK_K)
+            x = _load_vector(x_row_ptr, x_size, group, CHUNKS, BLOCK_K)
             square += x * x
             if HAS_NORM:
-                g = load_vector(norm_weight_ptr, IN_FEATURES, group, CHUNKS, BLOCK_K)
+                g = _load_vector(norm_weight_ptr, IN_FEATURES, group, CHUNKS, BLOCK_K)
                 x = x * (g + weight_offset)
             acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=1)
         y = tl.sum(acc, axis=1)
@@ -178,7 +178,7 @@ def gemv_kernel(
 
 
 @triton.jit
-def prefetch_weight(
+def _prefetch_weight(
     weight_row_ptr: tl.tensor,  # [BLOCK_N, 1]
     row_mask: tl.tensor,
     IN_FEATURES: tl.constexpr,
@@ -265,7 +265,7 @@ def skinny_matmul_kernel(
         if TRIGGER_EARLY:
             gdc_launch_dependents()
         if PREFETCH_LINES > 0:
-            prefetch_weight(
+            _prefetch_weight(
                 weight_ptr + row_offset[:, None],
                 (rows < OUT_FEATURES)[:, None],
                 IN_FEATURES,

@@ -134,7 +134,7 @@ def skinny_linear(
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
     """
-    check_product(x, weight, bias, norm, residual, activation)
+    _check(x, weight, bias, norm, residual, activation)
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
     width = out_features if activation == "none" else out_features // 2
@@ -212,7 +212,7 @@ def _launch_matmul(
     )
 
 
-def check_product(
+def _check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -220,11 +220,6 @@ def check_product(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    """The arguments of `skinny_linear` fit.
-
-    Raises:
-        ValueError: they don't.
-    """
     require_float("x", x, 2)
     require_float("weight", weight, 2)
     require_like("weight", weight, x)
