@@ -149,6 +149,12 @@ class Batch:
         for item in scheduled:
             start = item.request.num_computed_tokens
             token_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
+        has_prompt_lens = self.needs_prompt_lens and not output.only_decodes
+        prompt_lens: list[int] = []
+        if has_prompt_lens:
+            prompt_lens = [
+                max(i.request.num_prompt_tokens, i.request.restarted_len) for i in scheduled
+            ]
         if buffers is None:
             size = StepSize(num_tokens, len(scheduled), len(sampled), num_blocks)
             buffers = StepBuffers(size, self.device)
@@ -158,9 +164,7 @@ class Batch:
             "slot_mapping": pages * self.block_size + positions % self.block_size,
             "sampled_rows": rows[sampled],
             "logits_indices": loc[1:][sampled] - 1,
-            "prompt_lens": np.array(
-                [max(i.request.num_prompt_tokens, i.request.restarted_len) for i in scheduled]
-            ),
+            "prompt_lens": np.array(prompt_lens),
             "query_start_loc": loc,
             "seq_lens": starts + lens,
             "block_tables": self.host_tables[rows, :num_blocks],
@@ -171,7 +175,7 @@ class Batch:
             max_seq_len=max_seq_len,
             num_decode_seqs=output.num_decodes,
             batch_invariant=self.batch_invariant,
-            has_prompt_lens=self.needs_prompt_lens and not output.only_decodes,
+            has_prompt_lens=has_prompt_lens,
         )
         return StepInput(buffers, metadata, [scheduled[i].request for i in sampled])
 
@@ -200,7 +204,7 @@ class Batch:
             rows,
             [request.token_ids[-1] for request in new],
             [request.num_tokens for request in new],
-            [request.num_prompt_tokens + request.max_tokens for request in new],
+            [request.max_num_tokens for request in new],
             [max(p.top_k, 0) for p in params],
             [_signed_64(request.seed) for request in new],
             [i for request in new for i in _stop_ids(request)],
@@ -225,7 +229,7 @@ class Batch:
 
         Rows without penalties are left as they are: nobody reads them.
         """
-        if not has_penalties(request.sampling_params):
+        if not request.has_penalties:
             return
         if self.output_counts is None or self.prompt_mask is None:
             shape = (len(self._num_blocks_sent), self.vocab_size)
@@ -261,15 +265,6 @@ class Batch:
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True).split(sizes)
-
-
-def has_penalties(params: SamplingParams) -> bool:
-    """True if the tokens of the sequence so far change the logits."""
-    return (
-        params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or params.repetition_penalty != 1.0
-    )
 
 
 def _float_columns(params: SamplingParams) -> list[float]:

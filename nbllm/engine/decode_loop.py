@@ -20,13 +20,13 @@ from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.request import Request
+from nbllm.engine.sampler import SamplingKind
 from nbllm.engine.shared_prefix import tile_shared_prefixes
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
     AttentionMetadata,
     DecodeInputs,
     DecodeState,
-    SamplingTensors,
     SharedPrefix,
     append_tokens,
     decode_inputs,
@@ -36,39 +36,6 @@ from nbllm_kernels import (
 
 _MIN_CASCADE_SIZE = 8  # rows from which on it is looked for what they share
 _MAX_PREFIX_GROUPS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingKind:
-    """What of the sampler a batch needs; as in `SamplingTensors`."""
-
-    all_greedy: bool
-    any_filter: bool
-
-    @classmethod
-    def of(cls, requests: Sequence[Request]) -> SamplingKind:
-        """The least that serves all of `requests`."""
-        params = [request.sampling_params for request in requests]
-        return cls(
-            all_greedy=all(p.temperature == 0.0 for p in params),
-            any_filter=any(
-                p.temperature != 0.0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-                for p in params
-            ),
-        )
-
-    def tensors(self, inputs: DecodeInputs) -> SamplingTensors:
-        """How to sample the rows that `inputs` describes."""
-        return SamplingTensors(
-            temperature=inputs.temperature,
-            top_k=inputs.top_k,
-            top_p=inputs.top_p,
-            min_p=inputs.min_p,
-            seeds=inputs.seeds,
-            positions=inputs.next_positions,
-            all_greedy=self.all_greedy,
-            any_filter=self.any_filter,
-        )
 
 
 @dataclass(slots=True)
@@ -132,7 +99,9 @@ class DecodeLoop:
         decode_inputs(state, bucket.rows, inputs, block_size=self._batch.block_size)
         hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, metadata)
         logits = self._model.compute_logits(hidden)
-        append_tokens(state, bucket.rows, sample(logits, kind.tensors(inputs)))
+        append_tokens(
+            state, bucket.rows, sample(logits, kind.tensors(inputs, inputs.next_positions))
+        )
 
     def _fill(self, bucket: _Bucket, requests: Sequence[Request]) -> None:
         """Send the rows, and what they share, unless they are the ones of the last time."""

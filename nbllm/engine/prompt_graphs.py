@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nbllm.engine.batch import Batch
 from nbllm.engine.cuda_graph import GraphCache
-from nbllm.engine.decode_loop import SamplingKind, make_decode_inputs
+from nbllm.engine.decode_loop import make_decode_inputs
 from nbllm.engine.request import Request
+from nbllm.engine.sampler import SamplingKind
 from nbllm.engine.scheduler import SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
@@ -90,7 +91,9 @@ class PromptGraphs:
         rows = buffers["sampled_rows"]
         decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
         logits = self._model.compute_logits(hidden[buffers["logits_indices"]])
-        append_tokens(state, rows, sample(logits, kind.tensors(bucket.inputs)))
+        append_tokens(
+            state, rows, sample(logits, kind.tensors(bucket.inputs, bucket.inputs.next_positions))
+        )
 
     def _make_bucket(self, size: int) -> _Bucket:
         batch = self._batch

@@ -68,6 +68,7 @@ class Request:
         bad_words_token_ids: token sequences that may not be completed.
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
+        stop_ids: token ids that end the text, `min_tokens` permitting.
     """
 
     request_id: str
@@ -86,6 +87,7 @@ class Request:
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     stop_checker: StopChecker | None = None
     streaming: bool = False
+    stop_ids: list[int] = field(init=False)
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
@@ -102,6 +104,9 @@ class Request:
     metrics: RequestMetrics = field(
         default_factory=lambda: RequestMetrics(arrival_time=time.monotonic())
     )
+
+    def __post_init__(self) -> None:
+        self.stop_ids = sorted({*self.eos_token_ids, *(self.sampling_params.stop_token_ids or ())})
 
     @property
     def num_tokens(self) -> int:
@@ -148,9 +153,14 @@ class Request:
         return self.num_prompt_tokens + self.max_tokens
 
     @property
-    def stop_ids(self) -> list[int]:
-        """Token ids that end the text, `min_tokens` permitting."""
-        return sorted({*self.eos_token_ids, *(self.sampling_params.stop_token_ids or ())})
+    def has_penalties(self) -> bool:
+        """True if the tokens of the sequence so far change the logits."""
+        params = self.sampling_params
+        return (
+            params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or params.repetition_penalty != 1.0
+        )
 
     @property
     def shapes_logits(self) -> bool:
@@ -158,9 +168,7 @@ class Request:
         is reported of it than its id: the step can't run on the device alone."""
         params = self.sampling_params
         return (
-            params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-            or params.repetition_penalty != 1.0
+            self.has_penalties
             or params.logprobs is not None
             or params.logprob_token_ids is not None
             or params.allowed_token_ids is not None

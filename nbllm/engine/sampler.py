@@ -3,14 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nbllm.engine.batch import FREQUENCY, PRESENCE, REPETITION, Batch, StepInput, has_penalties
+from nbllm.engine.batch import FREQUENCY, PRESENCE, REPETITION, Batch, StepInput
 from nbllm.engine.request import Request
 from nbllm.errors import RequestFailedError
-from nbllm_kernels import SamplingTensors, sample
+from nbllm_kernels import DecodeInputs, DecodeState, SamplingTensors, sample
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingKind:
+    """What of the sampler a batch needs; as in `SamplingTensors`."""
+
+    all_greedy: bool
+    any_filter: bool
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> SamplingKind:
+        """The least that serves all of `requests`."""
+        params = [request.sampling_params for request in requests]
+        return cls(
+            all_greedy=all(p.temperature == 0.0 for p in params),
+            any_filter=any(
+                p.temperature != 0.0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+                for p in params
+            ),
+        )
+
+    def tensors(
+        self, columns: DecodeInputs | DecodeState, positions: Tensor, rows: Tensor | None = None
+    ) -> SamplingTensors:
+        """How to sample all rows of `columns`, or some; `positions` has one entry for each."""
+        temperature, top_k, top_p, min_p, seeds = (
+            column if rows is None else column[rows]
+            for column in (
+                columns.temperature,
+                columns.top_k,
+                columns.top_p,
+                columns.min_p,
+                columns.seeds,
+            )
+        )
+        return SamplingTensors(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=positions,
+            all_greedy=self.all_greedy,
+            any_filter=self.any_filter,
+        )
 
 
 class Sampler:
@@ -43,22 +89,12 @@ class Sampler:
         """
         requests = step.sampled_requests
         restrict(logits, requests)
-        penalized = [i for i, r in enumerate(requests) if has_penalties(r.sampling_params)]
+        penalized = [i for i, r in enumerate(requests) if r.has_penalties]
         if penalized:
             self._apply_penalties(logits, step, batch, penalized)
         state, rows = batch.state, step.sampled_rows
-        params = [request.sampling_params for request in requests]
-        tensors = SamplingTensors(
-            temperature=state.temperature[rows],
-            top_k=state.top_k[rows],
-            top_p=state.top_p[rows],
-            min_p=state.min_p[rows],
-            seeds=state.seeds[rows],
-            positions=state.num_tokens[rows].to(torch.int64),
-            all_greedy=all(p.temperature == 0.0 for p in params),
-            any_filter=any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
-        )
-        return sample(logits, tensors)
+        positions = state.num_tokens[rows].to(torch.int64)
+        return sample(logits, SamplingKind.of(requests).tensors(state, positions, rows))
 
     def _apply_penalties(
         self, logits: Tensor, step: StepInput, batch: Batch, penalized: list[int]

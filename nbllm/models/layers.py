@@ -9,8 +9,36 @@ from torch import Tensor, nn
 from nbllm_kernels import PackedWeight, Weight, linear, pack_weight
 
 
-class Linear(nn.Module):
-    """y = x W^T + b; after `pack()` the weight may be in a layout of its own.
+class Matrix(nn.Module):
+    """A weight that products read; after `pack()` it may be in a layout of its own.
+
+    Args:
+        out_features, in_features: its shape.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self._packed: PackedWeight | None = None
+
+    @property
+    def matrix(self) -> Weight:
+        """The weight as `nbllm_kernels.linear` takes it."""
+        return self.weight if self._packed is None else self._packed
+
+    def pack(self) -> None:
+        """Trade the plain weight for a packed one, if that pays here."""
+        packed = pack_weight(self.weight)
+        if isinstance(packed, PackedWeight) and self._can_use(packed):
+            self._packed = packed
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def _can_use(self, packed: PackedWeight) -> bool:
+        return True
+
+
+class Linear(Matrix):
+    """y = x W^T + b.
 
     Args:
         in_features, out_features: of W [out_features, in_features].
@@ -26,23 +54,9 @@ class Linear(nn.Module):
         *,
         batch_invariant: bool = False,
     ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        super().__init__(out_features, in_features)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.batch_invariant = batch_invariant
-        self._packed: PackedWeight | None = None
-
-    @property
-    def matrix(self) -> Weight:
-        """The weight as `nbllm_kernels.linear` takes it."""
-        return self.weight if self._packed is None else self._packed
-
-    def pack(self) -> None:
-        """Trade the plain weight for a packed one, if that pays here."""
-        packed = pack_weight(self.weight)
-        if isinstance(packed, PackedWeight):
-            self._packed = packed
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The product, added to a residual if there is one (which may be overwritten)."""
@@ -55,25 +69,11 @@ class Linear(nn.Module):
         )
 
 
-class Embedding(nn.Module):
-    """Rows of a [vocab_size, hidden_size] table."""
+class Embedding(Matrix):
+    """Rows of a [vocab_size, hidden_size] table, which a head may share."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
-        self._packed: PackedWeight | None = None
-
-    @property
-    def table(self) -> Weight:
-        """The table as `nbllm_kernels.linear` takes it."""
-        return self.weight if self._packed is None else self._packed
-
-    def pack(self) -> None:
-        """Pack the table, if it can still be read row by row then: for a head that shares it."""
-        packed = pack_weight(self.weight)
-        if isinstance(packed, PackedWeight) and packed.has_rows:
-            self._packed = packed
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+    def _can_use(self, packed: PackedWeight) -> bool:
+        return packed.has_rows
 
     def forward(self, ids: Tensor) -> Tensor:
         if self._packed is not None:
@@ -118,7 +118,7 @@ class LanguageModelHead(nn.Module):
         else:
             embedding = self._tied[0]
             assert embedding is not None
-            logits = linear(hidden, embedding.table, batch_invariant=self.batch_invariant)
+            logits = linear(hidden, embedding.matrix, batch_invariant=self.batch_invariant)
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)
