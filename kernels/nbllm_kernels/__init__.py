@@ -18,6 +18,7 @@ from nbllm_kernels.decode_state import (
     DecodeState,
     append_tokens,
     decode_inputs,
+    fill_last_tokens,
 )
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
@@ -40,6 +41,7 @@ __all__ = [
     "append_tokens",
     "attention_inputs",
     "decode_inputs",
+    "fill_last_tokens",
     "gelu_and_mul",
     "gumbel_noise",
     "linear",

@@ -1,10 +1,11 @@
-"""The state of decoding sequences on the device, and the two ops that close its loop.
+"""The state of decoding sequences on the device, and the ops that close its loop.
 
-    decode_inputs   state -> what the next step computes
-    append_tokens   sampled tokens -> state, and a table that the host reads later
+    decode_inputs      state -> what the next step computes
+    append_tokens      sampled tokens -> state, and a table that the host reads later
+    fill_last_tokens   state -> the inputs of a step that the host put together
 
-Between them stand the model and the sampler. None of the four asks the host for anything, so a
-captured graph of them can be replayed several times in a row: a sequence that comes to its end
+Between the first two stand the model and the sampler. None of the four asks the host for anything,
+so a captured graph of them can be replayed several times in a row: a sequence that comes to its end
 marks itself and is passed over from then on.
 """
 
@@ -114,4 +115,26 @@ def append_tokens(state: DecodeState, rows: Tensor, token_ids: Tensor) -> None:
     reference.append_tokens(state, rows, token_ids)
 
 
-__all__ = ["BAD_LOGITS", "DecodeInputs", "DecodeState", "append_tokens", "decode_inputs"]
+def fill_last_tokens(state: DecodeState, input_ids: Tensor) -> None:
+    """Put the last tokens of sequences where the host, which may not know them, wrote their rows.
+
+    Args:
+        state: the tables.
+        input_ids: [num_tokens] int64; -1 - row is replaced by `state.last_token[row]`.
+    """
+    if runs_triton(input_ids):
+        from nbllm_kernels.gpu import decode_state as gpu
+
+        gpu.fill_last_tokens(state, input_ids)
+        return
+    reference.fill_last_tokens(state, input_ids)
+
+
+__all__ = [
+    "BAD_LOGITS",
+    "DecodeInputs",
+    "DecodeState",
+    "append_tokens",
+    "decode_inputs",
+    "fill_last_tokens",
+]

@@ -216,3 +216,9 @@ def append_tokens(state: DecodeState, rows: Tensor, token_ids: Tensor) -> None:
     state.last_token[rows] = torch.where(is_bad, 0, token_ids)
     state.num_tokens[rows] = (positions + 1).to(state.num_tokens.dtype)
     state.is_active[rows] = (~ends).to(state.is_active.dtype)
+
+
+def fill_last_tokens(state: DecodeState, input_ids: Tensor) -> None:
+    """Replace -1 - row by the last token of that row."""
+    unknown = input_ids < 0
+    input_ids[unknown] = state.last_token[-1 - input_ids[unknown]]

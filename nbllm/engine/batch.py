@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from nbllm.engine.request import MAX_STOP_IDS, Request
-from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.sampling_params import SamplingParams
-from nbllm_kernels import AttentionMetadata, DecodeState
+from nbllm_kernels import AttentionMetadata, DecodeState, fill_last_tokens
 
 # Columns of the table of penalties.
 PRESENCE, FREQUENCY, REPETITION = range(3)
-RING = 64  # tokens of a row that the host may be behind
+RING = 8  # tokens that a row may get in one launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +33,17 @@ class StepInput:
     Attributes:
         buffers: its numbers.
         attention: metadata of the attention kernels, on the same buffers.
-        sampled_requests: the requests whose last token is in this step, in batch order.
+        sampled: the requests whose last token is in this step, in batch order.
     """
 
     buffers: StepBuffers
     attention: AttentionMetadata
-    sampled_requests: list[Request]
+    sampled: list[ScheduledRequest]
 
     @property
     def sampled_rows(self) -> Tensor:
-        """[num_sampled] int64, the rows of `sampled_requests` in the tables."""
-        return self.buffers["sampled_rows"]
+        """[num_sampled] int64, the rows of `sampled` in the tables."""
+        return self.buffers["sampled_rows"][: len(self.sampled)]
 
 
 class Batch:
@@ -127,7 +127,10 @@ class Batch:
         self._send_new_blocks(requests)
 
     def prepare(self, output: SchedulerOutput, buffers: StepBuffers | None = None) -> StepInput:
-        """Build the tensors of a step of any kind, of which nothing is pending before it.
+        """Build the tensors of a step of any kind.
+
+        What a decoding sequence computes may not be known yet: in the place of its token stands
+        the row in which `fill_last_tokens` finds it.
 
         Args:
             output: the step; the tables are up to date.
@@ -135,7 +138,7 @@ class Batch:
         """
         scheduled = output.scheduled
         rows = np.array([self.rows[item.request] for item in scheduled])
-        starts = np.array([item.request.num_computed_tokens for item in scheduled])
+        starts = np.array([item.start for item in scheduled])
         lens = np.array([item.num_scheduled_tokens for item in scheduled])
         loc = np.zeros(len(lens) + 1, dtype=np.int64)
         np.cumsum(lens, out=loc[1:])
@@ -144,11 +147,10 @@ class Batch:
         sequence = np.repeat(np.arange(len(lens)), lens)
         positions = np.arange(num_tokens) + (starts - loc[:-1])[sequence]
         pages = self.host_tables[rows[sequence], positions // self.block_size].astype(np.int64)
-        sampled = [i for i, item in enumerate(scheduled) if item.samples]
-        token_ids: list[int] = []
-        for item in scheduled:
-            start = item.request.num_computed_tokens
-            token_ids += item.request.token_ids[start : start + item.num_scheduled_tokens]
+        sampled = [i for i, item in enumerate(scheduled) if item.num_sampled_tokens]
+        token_ids: list[int] = (-1 - rows[: output.num_decodes]).tolist()
+        for item in scheduled[output.num_decodes :]:
+            token_ids += item.request.token_ids[item.start : item.first_position]
         has_prompt_lens = self.needs_prompt_lens and not output.only_decodes
         prompt_lens: list[int] = []
         if has_prompt_lens:
@@ -177,7 +179,11 @@ class Batch:
             batch_invariant=self.batch_invariant,
             has_prompt_lens=has_prompt_lens,
         )
-        return StepInput(buffers, metadata, [scheduled[i].request for i in sampled])
+        return StepInput(buffers, metadata, [scheduled[i] for i in sampled])
+
+    def fill_last_tokens(self, buffers: StepBuffers) -> None:
+        """Look up the tokens that `prepare` left open."""
+        fill_last_tokens(self.state, buffers["input_ids"])
 
     def count_tokens(self, step: StepInput, token_ids: Tensor) -> None:
         """Book sampled tokens ([num_sampled] int64) in the tables of the penalties."""
@@ -213,6 +219,7 @@ class Batch:
         state.num_tokens[rows_t] = num_tokens.to(torch.int32)
         state.max_tokens[rows_t] = max_tokens.to(torch.int32)
         state.is_active[rows_t] = 1
+        state.generated[rows_t] = -1
         state.stop_ids[rows_t] = stop_ids.view(-1, MAX_STOP_IDS)
         state.top_k[rows_t] = top_k.to(torch.int32)
         state.seeds[rows_t] = seeds

@@ -128,11 +128,16 @@ class BlockManager:
         return num_new <= self.num_free_blocks
 
     def register_full_blocks(self, request: Request) -> None:
-        """Make the pages that are full by now findable by later requests."""
+        """Make the pages that are full, once all enqueued steps have run, findable by others.
+
+        Only known tokens count, and of an ended text not the last: it may not have been computed.
+        """
         if not self._shares(request):
             return
         size = self.block_size
-        for i in range(len(request.prefix_ids), request.num_computed_tokens // size):
+        num_tokens = request.num_tokens - 1 if request.is_finished else request.num_tokens
+        num_full = min(request.num_computed_tokens, num_tokens) // size
+        for i in range(len(request.prefix_ids), num_full):
             parent = request.prefix_ids[-1] if request.prefix_ids else _root(request)
             key = (parent, tuple(request.token_ids[i * size : (i + 1) * size]))
             block = self._index.get(key)

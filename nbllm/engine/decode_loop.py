@@ -19,8 +19,8 @@ from torch import Tensor
 from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch
 from nbllm.engine.cuda_graph import GraphCache
-from nbllm.engine.request import Request
 from nbllm.engine.sampler import SamplingKind
+from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.engine.shared_prefix import tile_shared_prefixes
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
@@ -77,21 +77,23 @@ class DecodeLoop:
         self._buckets: dict[int, _Bucket] = {}
         self._sizes = _bucket_sizes(batch.max_num_seqs)
 
-    def run(self, requests: Sequence[Request], num_steps: int) -> None:
-        """Enqueue `num_steps` steps; results go to `DecodeState.generated`.
+    def run(self, output: SchedulerOutput) -> Tensor:
+        """Enqueue steps in which all decode; results go to `DecodeState.generated`.
 
-        Args:
-            requests: all decoding; each has pages for `num_steps` more tokens.
+        Returns:
+            [len(output.scheduled)] int64, the rows of the tables, until the next call.
         """
-        kind = SamplingKind.of(requests)
-        bucket = self._find_bucket(len(requests))
-        self._fill(bucket, requests)
+        scheduled = output.scheduled
+        kind = SamplingKind.of([item.request for item in scheduled])
+        bucket = self._find_bucket(len(scheduled))
+        self._fill(bucket, scheduled)
         metadata = bucket.metadata
         if bucket.shares and bucket.cascade is not None:
             metadata = bucket.cascade
         key = ("decode", len(bucket.rows), kind, bucket.shares)
-        for _ in range(num_steps):
+        for _ in range(output.num_steps):
             self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
+        return bucket.rows[: len(scheduled)]
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs
@@ -103,10 +105,10 @@ class DecodeLoop:
             state, bucket.rows, sample(logits, kind.tensors(inputs, inputs.next_positions))
         )
 
-    def _fill(self, bucket: _Bucket, requests: Sequence[Request]) -> None:
+    def _fill(self, bucket: _Bucket, scheduled: Sequence[ScheduledRequest]) -> None:
         """Send the rows, and what they share, unless they are the ones of the last time."""
         batch = self._batch
-        rows = [batch.rows[request] for request in requests]
+        rows = [batch.rows[item.request] for item in scheduled]
         filled_for = (batch.version, rows)
         if bucket.filled_for == filled_for:
             return
@@ -120,7 +122,7 @@ class DecodeLoop:
         num_tiles, rows_per_tile = prefix.tile_rows.shape
         tiled = tile_shared_prefixes(
             batch.host_tables[rows],
-            [request.num_computed_tokens // batch.block_size for request in requests],
+            [item.start // batch.block_size for item in scheduled],
             block_size=batch.block_size,
             num_tiles=num_tiles,
             rows_per_tile=rows_per_tile,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +17,8 @@ from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
 from nbllm.engine.model_runner import ModelRunner, PendingStep, StepOutput
 from nbllm.engine.request import FinishReason, Request
-from nbllm.engine.scheduler import Scheduler, SchedulerOutput
+from nbllm.engine.scheduler import Scheduler
+from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.errors import EngineDeadError, RequestFailedError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class Engine:
         )
         self.scheduler = Scheduler(config, self.block_manager)
         self.check_integrity = check_integrity
-        self._pending: PendingStep | None = None
+        self._pending: deque[PendingStep] = deque()
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -55,33 +57,25 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """True if a step would have something to do."""
-        return self.scheduler.has_requests or self._pending is not None
+        return self.scheduler.has_requests or bool(self._pending)
 
     def add(self, request: Request) -> None:
         """Take a new request."""
         self.scheduler.add(request)
 
     def abort(self, requests: Iterable[Request]) -> list[Request]:
-        """End requests that are not finished.
+        """End requests that are not finished; returns those that this call ended.
 
-        Returns:
-            those that this call ended, and those that a step changed which had to end first: no
-            page is given back while the device may write it.
+        Enqueued steps may go on writing their pages: see `nbllm.engine.scheduler`.
         """
-        changed: list[Request] = []
-        while self._pending is not None:
-            changed += self.step(ahead=False)
         ended = [request for request in requests if not request.is_finished]
         for request in ended:
             self.scheduler.finish(request, FinishReason.ABORT)
             self._retire(request)
-        return [*changed, *ended]
+        return ended
 
-    def step(self, *, ahead: bool = True) -> list[Request]:
-        """Take the result of a step, having enqueued the next one if it needs none of it.
-
-        Args:
-            ahead: whether to enqueue a next one.
+    def step(self) -> list[Request]:
+        """Enqueue steps as far ahead as the runner takes them, and take the result of the first.
 
         Returns:
             the requests that changed: got a token, finished or failed.
@@ -89,24 +83,21 @@ class Engine:
         Raises:
             EngineDeadError: the device can't go on in this process; every request has failed.
         """
-        outputs: list[SchedulerOutput] = []
+        outputs = [pending.output for pending in self._pending]
         try:
-            pending, self._pending = self._pending, None
-            if pending is None:
-                output = self.scheduler.schedule(self.runner.max_steps)
+            while len(self._pending) < self.runner.max_pending_steps:
+                output = self.scheduler.schedule(
+                    self.runner.max_steps, may_preempt=not self._pending
+                )
                 outputs.append(output)
-                for request in output.preempted:
+                for request in output.released:
                     self.runner.batch.remove(request)
                 if not output.scheduled:
-                    return []
-                pending = self.runner.launch(output)
-            else:
-                outputs.append(pending.output)
-            if ahead and self.runner.max_steps > 1:
-                following = self.scheduler.schedule_ahead(pending.output, self.runner.max_steps)
-                if following is not None:
-                    outputs.append(following)
-                    self._pending = self.runner.launch(following)
+                    break
+                self._pending.append(self.runner.launch(output))
+            if not self._pending:
+                return []
+            pending = self._pending.popleft()
             changed = self._apply(pending.output, pending.result())
         except BaseException as error:  # whatever it is, the other requests go on
             return self._recover(outputs, error)
@@ -116,12 +107,7 @@ class Engine:
 
     def fail_all(self, error: BaseException) -> list[Request]:
         """End every request with `error`; returns them."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            try:
-                pending.result()  # no page is given back while the device may write it
-            except Exception:
-                pass  # the device is dead
+        self._pending.clear()
         requests = list(self.scheduler.requests.values())
         for request in requests:
             self.scheduler.finish(request, FinishReason.ERROR, error)
@@ -130,7 +116,7 @@ class Engine:
 
     def release(self) -> None:
         """Free weights and KV cache. The engine can't be used afterwards."""
-        self._pending = None
+        self._pending.clear()
         self.runner.release()
 
     def metrics(self) -> dict[str, float | int]:
@@ -138,7 +124,7 @@ class Engine:
         blocks = self.block_manager
         used = blocks.num_usable_blocks - blocks.num_free_blocks
         return {
-            "num_requests_running": len(self.scheduler.running),
+            "num_requests_running": len(self.scheduler.running) + len(self.scheduler.ending),
             "num_requests_waiting": self.scheduler.num_waiting,
             "kv_cache_usage_perc": used / blocks.num_usable_blocks,
             "num_preemptions": self.scheduler.num_preemptions,
@@ -156,9 +142,8 @@ class Engine:
     def _apply(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
         """Book a step that succeeded."""
         self.num_steps += output.num_steps
-        for request in [r for r in (*result.failed, *result.sampled) if r.is_finished]:
-            result.failed.pop(request, None)
-            result.sampled.pop(request, None)  # it ended in the step before this one
+        for request in [item.request for item in output.scheduled if item.request.is_finished]:
+            result.forget(request)  # it ended in the steps before, or was aborted
         for request, error in result.failed.items():
             self.runner.zero_blocks(self.block_manager.forget_content(request))
             self.scheduler.finish(request, FinishReason.ERROR, error)
@@ -170,9 +155,7 @@ class Engine:
             request.logprobs.append(entry)
             request.cumulative_logprob += next(iter(entry.values())).logprob
         for item in output.scheduled:
-            request = item.request
-            computed = request.num_computed_tokens
-            remaining = request.num_prompt_tokens - computed
+            remaining = item.request.num_prompt_tokens - item.start
             self.num_prompt_tokens += min(max(remaining, 0), item.num_scheduled_tokens)
         self.scheduler.advance(output, result.sampled)
         self.num_generated_tokens += sum(map(len, result.sampled.values()))
@@ -187,7 +170,7 @@ class Engine:
 
         What the step had changed by then is unknown, so no page survives it.
         """
-        self._pending = None
+        self._pending.clear()
         if _is_device_dead(self.runner, error):
             dead = EngineDeadError("the GPU reported an error that only a kernel restart clears")
             dead.__cause__ = error

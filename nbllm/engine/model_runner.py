@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +20,16 @@ from nbllm.engine.batch import RING, Batch, StepInput
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
-from nbllm.engine.logprobs import gather_logprobs
+from nbllm.engine.logprobs import LogprobTensors, gather_logprobs
 from nbllm.engine.prompt_graphs import PromptGraphs
 from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends
-from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.errors import RequestFailedError
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
 from nbllm_kernels import BAD_LOGITS, append_tokens
 
-_MAX_STEPS = 8  # in a row: a few milliseconds of a small model
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 
 
@@ -50,6 +50,11 @@ class StepOutput:
     prompt_logprobs: dict[Request, list[PositionLogprobs]] = field(default_factory=dict)
     failed: dict[Request, RequestFailedError] = field(default_factory=dict)
 
+    def forget(self, request: Request) -> None:
+        """Drop what is said of one request."""
+        for results in (self.sampled, self.logprobs, self.prompt_logprobs, self.failed):
+            results.pop(request, None)
+
 
 @dataclass(slots=True)
 class PendingStep:
@@ -57,44 +62,47 @@ class PendingStep:
 
     Attributes:
         output: what it computes.
-        sampled_requests: those that it samples for.
-        rows: their rows in the tables.
-        first_positions: the positions of the first tokens that it samples for them.
-        generated: `DecodeState.generated` after the step; on its way to the host until `event`.
-        partial_result: what is known of the result but for the sampled tokens.
+        sampled: the requests that it samples for.
+        generated: [len(sampled), RING] int64, their rows of `DecodeState.generated` after the
+            step; on its way to the host until `event`, as the next is.
+        logprobs: of those of `sampled` that want them, in order.
+        event: None where nothing runs behind the host's back.
+        result_so_far: what is known of the result already.
     """
 
     output: SchedulerOutput
-    sampled_requests: list[Request]
-    rows: list[int]
-    first_positions: list[int]
+    sampled: Sequence[ScheduledRequest]
     generated: Tensor
+    logprobs: LogprobTensors | None
     event: torch.cuda.Event | None
-    partial_result: StepOutput
+    result_so_far: StepOutput
 
     def result(self) -> StepOutput:
         """Wait for the step, and put its result together."""
         if self.event is not None:
             self.event.synchronize()
-        if not self.sampled_requests:
-            return self.partial_result
-        steps = np.arange(self.output.num_steps)[None]
-        positions = np.array(self.first_positions)[:, None] + steps
-        entries = self.generated.numpy()[np.array(self.rows)[:, None], positions % RING]
+        result = self.result_so_far
+        if not self.sampled:
+            return result
+        first_positions = np.array([item.first_position for item in self.sampled])
+        positions = first_positions[:, None] + np.arange(self.output.num_steps)
+        entries = np.take_along_axis(self.generated.numpy(), positions % RING, axis=1)
         entries = entries - BAD_LOGITS  # from zero on, so that the halves don't borrow
         counts = (entries >> 32 == positions).sum(axis=1).tolist()
         tokens = ((entries & 0xFFFF_FFFF) + BAD_LOGITS).tolist()
-        result = self.partial_result
-        for request, row, count in zip(self.sampled_requests, tokens, counts, strict=True):
-            if request in result.failed or not count:
+        for (request, *_), row, count in zip(self.sampled, tokens, counts, strict=True):
+            if request in result.failed:
                 continue
-            if row[count - 1] == BAD_LOGITS:
+            if count and row[count - 1] == BAD_LOGITS:
                 result.failed[request] = RequestFailedError(
                     "the model computed logits that are not numbers (NaN or infinite): "
                     "the weights are damaged, or overflow in this dtype (try dtype='float32')"
                 )
             else:
                 result.sampled[request] = row[:count]
+        if self.logprobs is not None:
+            requests = [self.sampled[row].request for row in _rows_with_logprobs(self.sampled)]
+            result.logprobs.update(zip(requests, self.logprobs.entries(), strict=True))
         return result
 
 
@@ -107,6 +115,11 @@ class ModelRunner:
         config: the resolved configuration.
         device: where the model is.
         dtype: of the KV cache, normally the model's.
+
+    Attributes:
+        max_steps: steps that may run in a row, see `SchedulerOutput.num_steps`.
+        max_pending_steps: launches that may be enqueued at a time. With two, the device has
+            something to do while the host takes a result and schedules what follows.
     """
 
     def __init__(
@@ -140,7 +153,8 @@ class ModelRunner:
         self.graphs = GraphCache(is_enabled=captures)
         self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs, model_config)
         self.prompt_graphs = PromptGraphs(model, self.batch, self.kv_caches, self.graphs)
-        self.max_steps = _MAX_STEPS if captures else 1
+        self.max_steps = RING if captures else 1
+        self.max_pending_steps = 2 if on_gpu else 1
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         if on_gpu:
@@ -152,54 +166,57 @@ class ModelRunner:
 
         Several steps may be pending; they run in their order.
         """
-        requests = [item.request for item in output.scheduled]
         with self._on_stream():
-            self.batch.update(requests)
+            self.batch.update([item.request for item in output.scheduled])
             result = StepOutput()
-            if output.only_decodes and not any(request.shapes_logits for request in requests):
-                sampled = requests
-                self.decode_loop.run(requests, output.num_steps)
-            elif self.prompt_graphs.can_run(output):
-                sampled = self.prompt_graphs.run(output)
+            logprobs: LogprobTensors | None = None
+            if output.only_decodes and not output.shapes_logits:
+                sampled: Sequence[ScheduledRequest] = output.scheduled
+                rows = self.decode_loop.run(output)
             else:
-                sampled = self._run_any(output, result)
-            rows = [self.batch.rows[request] for request in sampled]
-            first = [request.num_tokens + output.num_unknown_tokens for request in sampled]
-            generated, event = self._read_generated()
-        return PendingStep(output, sampled, rows, first, generated, event, result)
+                if self.prompt_graphs.can_run(output):
+                    step = self.prompt_graphs.run(output)
+                else:
+                    step = self.batch.prepare(output)
+                    logprobs = self._run_eagerly(step, output, result)
+                sampled, rows = step.sampled, step.sampled_rows
+            # A copy of the rows at this point of the stream: the next step may give them away.
+            generated = self.batch.state.generated.index_select(0, rows)
+            return self._pend(PendingStep(output, sampled, generated, logprobs, None, result))
 
     def synchronize(self) -> None:
         """Wait until nothing is pending on the device."""
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _run_any(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
-        """A step of any kind; returns the requests that it samples for."""
-        step = self.batch.prepare(output)
+    def _run_eagerly(
+        self, step: StepInput, output: SchedulerOutput, result: StepOutput
+    ) -> LogprobTensors | None:
+        """A step of any kind; returns what is reported of the sampled tokens."""
         buffers = step.buffers
+        if output.num_decodes:
+            self.batch.fill_last_tokens(buffers)
         hidden = self.model(
             buffers["input_ids"], buffers["positions"], self.kv_caches, step.attention
         )
         self._score_prompts(hidden, output, result)
-        if step.sampled_requests:
-            self._sample(hidden, step, result)
-        return step.sampled_requests
+        return self._sample(hidden, step, result) if step.sampled else None
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _read_generated(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy of the table on the host, behind everything that is pending now."""
-        generated = self.batch.state.generated
+    def _pend(self, step: PendingStep) -> PendingStep:
+        """Send results to the host, beside whatever is enqueued next."""
         if self._stream is None or self._copy_stream is None:
-            return generated, None
-        host = torch.empty(generated.shape, dtype=generated.dtype, pin_memory=True)
+            return step
         self._copy_stream.wait_stream(self._stream)
         with torch.cuda.stream(self._copy_stream):
-            host.copy_(generated, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        return host, event
+            step.generated = _to_host(step.generated)
+            if step.logprobs is not None:
+                step.logprobs = step.logprobs.map(_to_host)
+            step.event = torch.cuda.Event()
+            step.event.record()
+        return step
 
     def release(self) -> None:
         """Drop weights, KV cache and tables, whoever still holds a reference to this object."""
@@ -237,33 +254,24 @@ class ModelRunner:
                 for block in blocks:
                     kv_cache[:, block].zero_()
 
-    def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> None:
+    def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> LogprobTensors | None:
         logits = self.model.compute_logits(hidden[step.buffers["logits_indices"]]).float()
-        raw = self._rows_for_logprobs(logits, step)
+        rows = _rows_with_logprobs(step.sampled)
+        index = torch.tensor(rows, device=self.device)
+        raw = logits[index] if rows else None  # a copy: the sampler overwrites
         token_ids = self.sampler(logits, step, self.batch)
         append_tokens(self.batch.state, step.sampled_rows, token_ids)
         self.batch.count_tokens(step, token_ids)
-        result.failed.update(find_dead_ends(step.sampled_requests))
-        if raw is not None:
-            self._report_logprobs(raw, token_ids.clamp(min=0), step, result)
-
-    def _rows_for_logprobs(self, logits: Tensor, step: StepInput) -> Tensor | None:
-        """A copy of the raw logits of the rows that report them: the sampler overwrites."""
-        rows = _rows_with_logprobs(step)
-        return logits[torch.tensor(rows, device=self.device)] if rows else None
-
-    def _report_logprobs(
-        self, raw: Tensor, token_ids: Tensor, step: StepInput, result: StepOutput
-    ) -> None:
-        rows = _rows_with_logprobs(step)
-        requests = [step.sampled_requests[row] for row in rows]
-        entries = gather_logprobs(
+        result.failed.update(find_dead_ends(step.sampled))
+        if raw is None:
+            return None
+        params = [step.sampled[row].request.sampling_params for row in rows]
+        return gather_logprobs(
             raw,
-            token_ids[torch.tensor(rows, device=self.device)],
-            [request.sampling_params.logprobs or 0 for request in requests],
-            [request.sampling_params.logprob_token_ids for request in requests],
+            token_ids[index].clamp(min=0),
+            [p.logprobs or 0 for p in params],
+            [p.logprob_token_ids for p in params],
         )
-        result.logprobs.update(zip(requests, entries, strict=True))
 
     def _score_prompts(self, hidden: Tensor, output: SchedulerOutput, result: StepOutput) -> None:
         """Log-probabilities of the prompt tokens that follow the ones computed in this step."""
@@ -272,7 +280,7 @@ class ModelRunner:
             request, num_tokens = item.request, item.num_scheduled_tokens
             begin, offset = offset, offset + num_tokens
             num_wanted = request.sampling_params.prompt_logprobs
-            start = request.num_computed_tokens
+            start = item.start
             stop = min(start + num_tokens, request.num_prompt_tokens - 1)
             if num_wanted is None or start >= stop or request.prompt_logprobs[start + 1 :]:
                 continue  # not asked for, past the prompt, or known from before a preemption
@@ -282,14 +290,22 @@ class ModelRunner:
                 rows = hidden[begin + first - start : begin + last - start]
                 targets = torch.tensor(request.token_ids[first + 1 : last + 1], device=self.device)
                 logits = self.model.compute_logits(rows).float()
-                entries += gather_logprobs(logits, targets, [num_wanted] * (last - first))
+                scores = gather_logprobs(logits, targets, [num_wanted] * (last - first))
+                entries += scores.entries()  # now: of a long prompt they would be too many
             result.prompt_logprobs[request] = entries
 
 
-def _rows_with_logprobs(step: StepInput) -> list[int]:
+def _rows_with_logprobs(sampled: Sequence[ScheduledRequest]) -> list[int]:
     return [
         row
-        for row, request in enumerate(step.sampled_requests)
-        if request.sampling_params.logprobs is not None
-        or request.sampling_params.logprob_token_ids is not None
+        for row, item in enumerate(sampled)
+        if item.request.sampling_params.logprobs is not None
+        or item.request.sampling_params.logprob_token_ids is not None
     ]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, enqueued on the current stream."""
+    tensor.record_stream(torch.cuda.current_stream())  # not reused before the copy is made
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

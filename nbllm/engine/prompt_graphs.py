@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nbllm.engine.batch import Batch
+from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import make_decode_inputs
-from nbllm.engine.request import Request
 from nbllm.engine.sampler import SamplingKind
-from nbllm.engine.scheduler import SchedulerOutput
+from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import AttentionMetadata, DecodeInputs, append_tokens, decode_inputs, sample
@@ -59,32 +58,25 @@ class PromptGraphs:
         return (
             self._graphs.is_enabled
             and len(output.scheduled) <= _NUM_SEQS
-            and sum(item.num_scheduled_tokens for item in output.scheduled) <= MAX_TOKENS
-            and not any(
-                item.request.shapes_logits
-                or item.request.sampling_params.prompt_logprobs is not None
-                for item in output.scheduled
-            )
+            and output.num_tokens <= MAX_TOKENS
+            and not output.shapes_logits
+            and all(i.request.sampling_params.prompt_logprobs is None for i in output.scheduled)
         )
 
-    def run(self, output: SchedulerOutput) -> list[Request]:
-        """Enqueue a step; results go to `DecodeState.generated`.
-
-        Returns:
-            the requests that it samples for.
-        """
-        num_tokens = sum(item.num_scheduled_tokens for item in output.scheduled)
-        size = max(_MIN_TOKENS, 1 << (num_tokens - 1).bit_length())
+    def run(self, output: SchedulerOutput) -> StepInput:
+        """Enqueue a step; results go to `DecodeState.generated`."""
+        size = max(_MIN_TOKENS, 1 << (output.num_tokens - 1).bit_length())
         if size not in self._buckets:
             self._buckets[size] = self._make_bucket(size)
         bucket = self._buckets[size]
         step = self._batch.prepare(output, bucket.buffers)
-        kind = SamplingKind.of(step.sampled_requests)
+        kind = SamplingKind.of([item.request for item in step.sampled])
         self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
-        return step.sampled_requests
+        return step
 
     def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state
+        self._batch.fill_last_tokens(buffers)
         hidden = self._model(
             buffers["input_ids"], buffers["positions"], self._kv_caches, bucket.metadata
         )

@@ -5,9 +5,13 @@
        └─────preempt──────┘
 
 There is no prefill or decode state. `num_computed_tokens` says how many tokens have their keys
-and values in the cache; every step computes some more, and whenever it reaches `num_tokens` a new
-token is sampled. A prompt with `n` continuations is `n` requests; the first is the `leader` whose
+and values in the cache; every step computes some more, and whenever it reaches the last token a new
+one is sampled. A prompt with `n` continuations is `n` requests; the first is the `leader` whose
 prompt pages the others share.
+
+Steps are booked when they are scheduled, not when their result is known: the host may be ahead of
+the device. So `num_computed_tokens` includes what enqueued steps compute, and
+`num_output_placeholders` counts the tokens that they sample, which nobody has seen yet.
 """
 
 from __future__ import annotations
@@ -69,6 +73,11 @@ class Request:
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
         stop_ids: token ids that end the text, `min_tokens` permitting.
+        has_penalties: whether the tokens of the sequence so far change the logits.
+        num_computed_tokens: tokens whose keys and values are in the cache once all enqueued steps
+            have run.
+        num_output_placeholders: tokens that enqueued steps sample; an end that only their values
+            tell of may come before the last of them.
     """
 
     request_id: str
@@ -88,9 +97,12 @@ class Request:
     stop_checker: StopChecker | None = None
     streaming: bool = False
     stop_ids: list[int] = field(init=False)
+    has_penalties: bool = field(init=False)
+    _always_shapes_logits: bool = field(init=False)
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
+    num_output_placeholders: int = 0
     num_cached_tokens: int = 0
     restarted_len: int = 0  # tokens that it had when it was computed again as a whole
     block_table: list[int] = field(default_factory=list)
@@ -106,12 +118,31 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        self.stop_ids = sorted({*self.eos_token_ids, *(self.sampling_params.stop_token_ids or ())})
+        params = self.sampling_params
+        self.stop_ids = sorted({*self.eos_token_ids, *(params.stop_token_ids or ())})
+        self.has_penalties = (
+            params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or params.repetition_penalty != 1.0
+        )
+        self._always_shapes_logits = (
+            self.has_penalties
+            or params.logprobs is not None
+            or params.logprob_token_ids is not None
+            or params.allowed_token_ids is not None
+            or bool(params.logit_bias)
+            or bool(self.bad_words_token_ids)
+        )
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens together."""
+        """Prompt and generated tokens together, as far as they are known."""
         return len(self.token_ids)
+
+    @property
+    def num_booked_tokens(self) -> int:
+        """The same with the tokens that enqueued steps sample."""
+        return len(self.token_ids) + self.num_output_placeholders
 
     @property
     def num_output_tokens(self) -> int:
@@ -132,9 +163,14 @@ class Request:
     def is_decoding(self) -> bool:
         """True if all that is left to compute is the token sampled last."""
         return (
-            self.num_computed_tokens == len(self.token_ids) - 1
+            self.num_computed_tokens == self.num_booked_tokens - 1
             and self.num_computed_tokens >= self.num_prompt_tokens
         )
+
+    @property
+    def is_booked_out(self) -> bool:
+        """True if enqueued steps take it to its full length, should nothing end it before."""
+        return self.num_booked_tokens >= self.max_num_tokens
 
     @property
     def has_computed_prompt(self) -> bool:
@@ -153,39 +189,27 @@ class Request:
         return self.num_prompt_tokens + self.max_tokens
 
     @property
-    def has_penalties(self) -> bool:
-        """True if the tokens of the sequence so far change the logits."""
-        params = self.sampling_params
-        return (
-            params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-            or params.repetition_penalty != 1.0
-        )
-
-    @property
     def shapes_logits(self) -> bool:
         """True if the next token depends on more than the model's logits and the filters, or more
         is reported of it than its id: the step can't run on the device alone."""
-        params = self.sampling_params
-        return (
-            self.has_penalties
-            or params.logprobs is not None
-            or params.logprob_token_ids is not None
-            or params.allowed_token_ids is not None
-            or bool(params.logit_bias)
-            or bool(self.bad_words_token_ids)
-            or self.num_output_tokens < params.min_tokens
-        )
+        num_output_tokens = self.num_booked_tokens - self.num_prompt_tokens
+        return self._always_shapes_logits or num_output_tokens < self.sampling_params.min_tokens
 
     @property
-    def needs_every_token(self) -> bool:
-        """True if only the host can tell whether a token ends the text, or what follows it."""
+    def ends_on_host(self) -> bool:
+        """True if only the host can tell whether a token ends the text: every step that is run
+        before it has seen the token may be one too many."""
         return (
             self.stop_checker is not None
             or self.sampling_params.repetition_detection is not None
             or self.restart_len is not None
             or len(self.stop_ids) > MAX_STOP_IDS
         )
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """True if the host must have seen the last token before the next can be computed."""
+        return bool(self.bad_words_token_ids) or self.restart_len is not None
 
     def start_running(self) -> None:
         """WAITING -> RUNNING."""
@@ -197,6 +221,7 @@ class Request:
     def preempt(self) -> None:
         """RUNNING -> WAITING: its pages are gone, its tokens will be computed again."""
         self._expect(RequestStatus.RUNNING)
+        assert not self.num_output_placeholders, "a step that it is in has not ended"
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.metrics.num_preemptions += 1

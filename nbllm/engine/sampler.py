@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nbllm.engine.batch import FREQUENCY, PRESENCE, REPETITION, Batch, StepInput
 from nbllm.engine.request import Request
+from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.errors import RequestFailedError
 from nbllm_kernels import DecodeInputs, DecodeState, SamplingTensors, sample
 
@@ -87,8 +88,8 @@ class Sampler:
         Returns:
             [num_sampled] int64 token ids; -1 as in `nbllm_kernels.sample`.
         """
-        requests = step.sampled_requests
-        restrict(logits, requests)
+        requests = [item.request for item in step.sampled]
+        restrict(logits, step.sampled)
         penalized = [i for i, r in enumerate(requests) if r.has_penalties]
         if penalized:
             self._apply_penalties(logits, step, batch, penalized)
@@ -144,21 +145,21 @@ def apply_penalties(
     return logits - presence[:, None] * (output_counts > 0)
 
 
-def restrict(logits: Tensor, requests: Sequence[Request]) -> None:
+def restrict(logits: Tensor, sampled: Sequence[ScheduledRequest]) -> None:
     """Steps 1 to 4 of `Sampler`, in place.
 
     Args:
-        logits: [len(requests), vocab_size] float32.
-        requests: one per row.
+        logits: [len(sampled), vocab_size] float32.
+        sampled: one per row.
     """
     allowed: dict[int, list[int]] = {}
     forbidden: dict[int, list[int]] = {}
     biases: dict[int, dict[int, float]] = {}
-    for row, request in enumerate(requests):
-        params = request.sampling_params
+    for row, item in enumerate(sampled):
+        params = item.request.sampling_params
         if params.allowed_token_ids is not None:
             allowed[row] = params.allowed_token_ids
-        ids = forbidden_ids(request)
+        ids = forbidden_ids(item)
         if ids:
             forbidden[row] = ids
         if params.logit_bias:
@@ -182,27 +183,29 @@ def _pairs(ids_of_rows: Mapping[int, Iterable[int]], logits: Tensor) -> tuple[Te
     return torch.tensor(pairs, dtype=torch.int64, device=logits.device).unbind(dim=1)
 
 
-def forbidden_ids(request: Request) -> list[int]:
-    """Ids that `bad_words` and `min_tokens` forbid as the next token."""
-    params = request.sampling_params
+def forbidden_ids(item: ScheduledRequest) -> list[int]:
+    """Ids that `bad_words` and `min_tokens` forbid as the token that is sampled."""
+    request, params = item.request, item.request.sampling_params
     forbidden: list[int] = []
     if request.bad_words_token_ids:
         forbidden += _completions(request.bad_words_token_ids, request)
-    if request.num_output_tokens < params.min_tokens:
+    if item.first_position - request.num_prompt_tokens < params.min_tokens:
         forbidden += [*request.eos_token_ids, *(params.stop_token_ids or ())]
     return forbidden
 
 
-def find_dead_ends(requests: Sequence[Request]) -> dict[Request, RequestFailedError]:
+def find_dead_ends(
+    sampled: Sequence[ScheduledRequest],
+) -> dict[Request, RequestFailedError]:
     """Requests that allow no token at all, each with the error that it ends with.
 
     The parameters can't be checked for that beforehand: it depends on the tokens so far.
     """
     errors: dict[Request, RequestFailedError] = {}
-    for request in requests:
-        allowed = request.sampling_params.allowed_token_ids
-        if allowed is not None and set(allowed) <= set(forbidden_ids(request)):
-            errors[request] = RequestFailedError(
+    for item in sampled:
+        allowed = item.request.sampling_params.allowed_token_ids
+        if allowed is not None and set(allowed) <= set(forbidden_ids(item)):
+            errors[item.request] = RequestFailedError(
                 "no token is left to choose: bad_words and min_tokens forbid all of "
                 "allowed_token_ids at this place"
             )

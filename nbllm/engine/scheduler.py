@@ -4,57 +4,22 @@ There are no phases. Every step hands out tokens, running requests first, so tha
 `num_computed_tokens` catches up with its `num_tokens`. A long prompt that gets fewer tokens than it
 needs is chunked prefill; a prompt whose first pages were found in the cache starts further on; a
 preempted request simply starts again from zero. (The rule is that of vLLM V1's scheduler.)
+
+What is scheduled is booked at once, before it ran: the next step can be scheduled, and enqueued
+behind it, while nothing is known of the tokens that it samples. All steps run on one stream in
+their order, so a page may be found, shared, freed and given away as if every step before had ended:
+whoever gets it reads and writes it in a later step. A token that ends a text unexpectedly leaves
+the steps behind it with a sequence too many; its results are dropped.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
 from nbllm.engine.request import FinishReason, Request, RequestStatus
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request's share of a step."""
-
-    request: Request
-    num_scheduled_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """True if the step computes the request's last token, so that a new one is sampled."""
-        request = self.request
-        return request.num_computed_tokens + self.num_scheduled_tokens == request.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """What one step computes.
-
-    Attributes:
-        scheduled: requests that decode (one token each, input sampled by an earlier step) come
-            first, the others after them.
-        num_decodes: how many of `scheduled` decode.
-        preempted: requests that lost their pages to the others.
-        num_steps: the step is run so many times in a row, each time on the tokens that the last
-            one sampled; more than one only if all requests decode.
-        num_unknown_tokens: tokens of each request that the step before samples, which the host
-            has not heard of yet.
-    """
-
-    scheduled: tuple[ScheduledRequest, ...]
-    num_decodes: int
-    preempted: tuple[Request, ...]
-    num_steps: int = 1
-    num_unknown_tokens: int = 0
-
-    @property
-    def only_decodes(self) -> bool:
-        """True if every request of the step decodes."""
-        return self.num_decodes == len(self.scheduled)
+from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 
 
 class Scheduler:
@@ -74,9 +39,11 @@ class Scheduler:
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.uses_priority = config.scheduling_policy == "priority"
         self.requests: dict[str, Request] = {}  # all that are not finished, by id
-        self.running: list[Request] = []  # in scheduling order: the last is preempted first
+        # In scheduling order: the last is preempted first.
+        self.running: dict[Request, None] = {}
+        self.ending: dict[Request, None] = {}  # enqueued steps complete them
         self.num_preemptions = 0
-        self._restarted: list[Request] = []  # lost their pages since the last schedule()
+        self._released: list[Request] = []  # since the last schedule()
         self._waiting: list[tuple[int, int, Request]] = []  # a heap: (priority, arrival, request)
         self._num_waiting = 0
         self._num_arrivals = 0
@@ -89,7 +56,7 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """True if a step would have something to do."""
-        return bool(self.running) or self._num_waiting > 0
+        return bool(self.requests)
 
     def add(self, request: Request) -> None:
         """Take a new request."""
@@ -98,68 +65,44 @@ class Scheduler:
         self.requests[request.request_id] = request
         self._push_waiting(request)
 
-    def schedule(self, max_steps: int = 1) -> SchedulerOutput:
-        """Hand out the tokens of the next step and the pages they need.
+    def schedule(self, max_steps: int = 1, *, may_preempt: bool = True) -> SchedulerOutput:
+        """Hand out the tokens of the next step and the pages they need, and book them.
 
         Args:
             max_steps: upper bound on `SchedulerOutput.num_steps`.
-        """
-        budget = self.max_num_batched_tokens
-        decodes: list[ScheduledRequest] = []
-        prefills: list[ScheduledRequest] = []
-        preempted: list[Request] = []
-        restarted, self._restarted = self._restarted, []
-        index = 0
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
-            if not self._make_room(request, preempted):
-                break  # it was the last one left to preempt: itself
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-            group = decodes if request.is_decoding else prefills
-            group.append(ScheduledRequest(request, num_tokens))
-            budget -= num_tokens
-            index += 1
-        if not preempted:
-            self._admit_waiting(budget, prefills)
-        lost = (*restarted, *preempted)
-        num_steps = 1
-        if not prefills and decodes:
-            num_steps = self._reserve_steps([item.request for item in decodes], 0, max_steps)
-        return SchedulerOutput(tuple(decodes + prefills), len(decodes), lost, max(num_steps, 1))
-
-    def schedule_ahead(self, output: SchedulerOutput, max_steps: int) -> SchedulerOutput | None:
-        """What follows `output`, before anything is known of the tokens that it samples; all that
-        was scheduled before it is booked.
-
-        Requests that a token ends in the meantime are in it: the device passes them over.
+            may_preempt: False while enqueued steps have not ended: they may free the pages that
+                are missing, and a request that is in them keeps its own.
 
         Returns:
-            None if what follows depends on those tokens, or if somebody waits for a place that
-            may become free, or for pages.
+            the step; without requests if there is nothing to do before others have ended.
         """
-        if len(output.scheduled) != len(self.running):
-            return None
-        num_unknown = output.num_steps
-        going_on = [
-            item
-            for item in output.scheduled
-            if item.request.num_tokens + num_unknown < item.request.max_num_tokens
-        ]
-        if not going_on or (self._num_waiting and len(going_on) < self.max_num_seqs):
-            return None
-        if any(i.request.needs_every_token or i.request.shapes_logits for i in going_on):
-            return None
-        if not all(item.samples for item in output.scheduled):
-            return None
-        requests = [item.request for item in going_on]
-        num_steps = self._reserve_steps(requests, num_unknown, max_steps)
-        if num_steps == 0:
-            return None
-        scheduled = tuple(ScheduledRequest(request, 1) for request in requests)
-        return SchedulerOutput(scheduled, len(scheduled), (), num_steps, num_unknown)
+        budget = self.max_num_batched_tokens
+        decodes: list[Request] = []
+        prefills: list[ScheduledRequest] = []
+        released, self._released = self._released, []
+        lacks_pages = False
+        for request in list(self.running):
+            if not budget or request not in self.running:
+                break  # it was preempted, and so was all that came after it
+            if request.num_output_placeholders and request.needs_known_tokens:
+                continue
+            lacks_pages = not self._make_room(request, released, may_preempt)
+            if lacks_pages:
+                break
+            if request.is_decoding:
+                decodes.append(request)
+                budget -= 1
+            else:
+                prefills.append(self._book_tokens(request, budget))
+                budget -= prefills[-1].num_scheduled_tokens
+        if not lacks_pages:
+            self._admit_waiting(budget, prefills)
+        num_steps = self._reserve_steps(decodes, max_steps) if decodes and not prefills else 1
+        scheduled = [self._book_steps(request, num_steps) for request in decodes] + prefills
+        return SchedulerOutput(tuple(scheduled), len(decodes), tuple(released), num_steps)
 
     def advance(self, output: SchedulerOutput, sampled: dict[Request, list[int]]) -> None:
-        """Book the tokens of a step that succeeded; append what was sampled.
+        """Append what a step sampled that succeeded.
 
         Args:
             output: what `schedule()` returned for the step.
@@ -168,25 +111,26 @@ class Scheduler:
         """
         for item in output.scheduled:
             request = item.request
-            if request.is_finished:
-                continue  # it failed alone while the step ran, or an earlier step ended it
-            request.num_computed_tokens += item.num_scheduled_tokens
-            for number, token in enumerate(sampled.get(request, ())):
-                if number:
-                    request.num_computed_tokens += 1  # of the token before this one
-                try:
+            if request.is_finished or not item.num_sampled_tokens:
+                continue  # it failed or was aborted while the step ran, or ended before it
+            tokens = sampled.get(request, [])
+            request.num_output_placeholders -= item.num_sampled_tokens
+            try:
+                for token in tokens:
                     request.append(token)
-                except Exception as error:  # a stop checker that fails concerns its request only
-                    self.finish(request, FinishReason.ERROR, error)
-                if request.is_finished:
-                    break
-            if request.block_table:
-                self.block_manager.register_full_blocks(request)
+                    if request.is_finished:
+                        break
+            except Exception as error:  # a stop checker that fails concerns its request only
+                self.finish(request, FinishReason.ERROR, error)
+                continue
+            if not request.is_finished and len(tokens) != item.num_sampled_tokens:
+                raise RuntimeError(f"{len(tokens)} tokens for {request.request_id}, which goes on")
+            self.block_manager.register_full_blocks(request)
             if request.is_finished:
                 self._forget(request)
             elif request.num_tokens == request.restart_len:
                 request.begin_restart()
-                self._preempt(request, self._restarted)
+                self._preempt(request, self._released)
 
     def finish(
         self, request: Request, reason: FinishReason, error: BaseException | None = None
@@ -210,11 +154,14 @@ class Scheduler:
         known = sorted(self.requests.values(), key=lambda request: request.arrival_index)
         self.block_manager.reset()
         self.requests = {}
-        self.running = []
+        self.running = {}
+        self.ending = {}
+        self._released = []
         self._waiting = []
         self._num_waiting = 0
         for request in known:
             request.num_computed_tokens = 0
+            request.num_output_placeholders = 0
             request.block_table.clear()
             request.prefix_ids.clear()
             if not request.is_finished:
@@ -225,52 +172,52 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page has exactly the owners that it should have."""
-        running = {request.request_id for request in self.running}
-        waiting = [r for r in self.requests.values() if r.request_id not in running]
+        owners = [*self.running, *self.ending]
+        waiting = [r for r in self.requests.values() if r not in set(owners)]
         queued = [entry[2] for entry in self._waiting if not entry[2].is_finished]
-        assert len(running) == len(self.running) and running <= set(self.requests)
+        assert len(owners) == len(set(owners)) and set(owners) <= set(self.requests.values())
         assert set(queued) == set(waiting), "a request is lost"
         assert len(queued) == len(waiting) == self._num_waiting, "the queue's count is off"
         assert all(not request.block_table for request in waiting), "a waiting request owns pages"
-        assert all(request.status is RequestStatus.RUNNING for request in self.running)
+        assert all(request.status is RequestStatus.RUNNING for request in owners)
         assert len(self.running) <= self.max_num_seqs, "too many requests run"
-        for request in self.running:
+        for request in owners:
             held = len(request.block_table) * self.block_manager.block_size
             assert request.num_computed_tokens <= held, "computed tokens without a page"
-        self.block_manager.check_integrity(self.running)
+            assert request.is_booked_out == (request in self.ending)
+            assert request.is_decoding or not request.num_output_placeholders
+        self.block_manager.check_integrity(owners)
 
-    def _make_room(self, request: Request, preempted: list[Request]) -> bool:
-        """Get pages for all tokens of a running request; preempt the last ones if need be."""
-        while not self.block_manager.grow(request, request.num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim, preempted)
+    def _make_room(self, request: Request, released: list[Request], may_preempt: bool) -> bool:
+        """Get pages for all tokens of a running request; preempt the last ones if need be.
+
+        Returns:
+            False if it has no room: it was the last one left to preempt, or nobody may be.
+        """
+        while not self.block_manager.grow(request, request.num_booked_tokens):
+            if not may_preempt:
+                return False
+            victim = next(reversed(self.running))
+            self._preempt(victim, released)
             if victim is request:
                 return False
         return True
 
-    def _reserve_steps(self, requests: list[Request], num_unknown: int, max_steps: int) -> int:
+    def _reserve_steps(self, requests: list[Request], max_steps: int) -> int:
         """Take pages for several steps of requests that all decode, without preempting anybody.
 
-        Args:
-            num_unknown: tokens that each of them has beyond those that the host knows.
-            max_steps: upper bound.
-
         Returns:
-            how many steps; 0 if there are no pages even for one.
+            how many steps, at least one: for that they have pages already.
         """
         num_steps = max_steps
-        if any(request.needs_every_token or request.shapes_logits for request in requests):
+        if any(request.ends_on_host or request.shapes_logits for request in requests):
             num_steps = 1
         if self._num_waiting:  # the first place that becomes free is somebody's
-            num_steps = min(
-                num_steps,
-                *(r.max_num_tokens - r.num_tokens - num_unknown for r in requests),
-            )
-        while num_steps:
+            remaining = min(r.max_num_tokens - r.num_booked_tokens for r in requests)
+            num_steps = min(num_steps, remaining)
+        while num_steps > 1:
             # The last token that is sampled needs no page yet.
-            wanted = [
-                min(r.num_tokens + num_unknown + num_steps, r.max_num_tokens) - 1 for r in requests
-            ]
+            wanted = [min(r.num_booked_tokens + num_steps, r.max_num_tokens) - 1 for r in requests]
             if self.block_manager.can_grow(zip(requests, wanted, strict=True)):
                 for request, num_tokens in zip(requests, wanted, strict=True):
                     self.block_manager.grow(request, num_tokens)
@@ -278,18 +225,45 @@ class Scheduler:
             num_steps //= 2
         return num_steps
 
-    def _preempt(self, request: Request, preempted: list[Request]) -> None:
-        self.running.remove(request)
+    def _book_tokens(self, request: Request, budget: int) -> ScheduledRequest:
+        """Compute tokens that are known, at most `budget`; sample after the last of all."""
+        start = request.num_computed_tokens
+        num_tokens = min(request.num_tokens - start, budget)
+        samples = start + num_tokens == request.num_tokens
+        return self._book(
+            ScheduledRequest(request, start, num_tokens, int(samples), request.shapes_logits)
+        )
+
+    def _book_steps(self, request: Request, num_steps: int) -> ScheduledRequest:
+        """Decode so many times, or as often as its length allows."""
+        start = request.num_computed_tokens
+        num_steps = min(num_steps, request.max_num_tokens - request.num_booked_tokens)
+        return self._book(ScheduledRequest(request, start, 1, num_steps, request.shapes_logits))
+
+    def _book(self, item: ScheduledRequest) -> ScheduledRequest:
+        request, num_sampled = item.request, item.num_sampled_tokens
+        request.num_computed_tokens += item.num_scheduled_tokens + max(num_sampled - 1, 0)
+        request.num_output_placeholders += num_sampled
+        self.block_manager.register_full_blocks(request)
+        if num_sampled and request.is_booked_out:
+            del self.running[request]
+            self.ending[request] = None
+            self._released.append(request)
+        return item
+
+    def _preempt(self, request: Request, released: list[Request]) -> None:
+        del self.running[request]
         self.block_manager.free(request)
         request.preempt()
         self._push_waiting(request)
         self.num_preemptions += 1
-        preempted.append(request)
+        released.append(request)
 
     def _admit_waiting(self, budget: int, prefills: list[ScheduledRequest]) -> None:
         """Start waiting requests in order while tokens, places and pages last."""
         postponed: list[tuple[int, int, Request]] = []
-        while self._waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        is_sorted = True
+        while self._waiting and budget > 0 and self._num_rows < self.max_num_seqs:
             entry = heapq.heappop(self._waiting)
             request = entry[2]
             if request.status is not RequestStatus.WAITING:
@@ -304,13 +278,20 @@ class Scheduler:
             if request.metrics.num_preemptions == 0:
                 request.num_cached_tokens = request.num_computed_tokens
             request.start_running()
-            self.running.append(request)
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-            prefills.append(ScheduledRequest(request, num_tokens))
-            budget -= num_tokens
+            last = next(reversed(self.running), None)
+            is_sorted = is_sorted and (last is None or self._order(last) < entry[:2])
+            self.running[request] = None
+            prefills.append(self._book_tokens(request, budget))
+            budget -= prefills[-1].num_scheduled_tokens
         for entry in postponed:
             heapq.heappush(self._waiting, entry)
-        self.running.sort(key=self._order)
+        if not is_sorted:
+            self.running = dict.fromkeys(sorted(self.running, key=self._order))
+
+    @property
+    def _num_rows(self) -> int:
+        """Requests in the tables of the device, those included that the step completes."""
+        return len(self.running) + len(self._released)
 
     def _fits(self, request: Request, budget: int) -> bool:
         """Without chunked prefill a prompt must fit into what is left of the step as a whole.
@@ -327,7 +308,9 @@ class Scheduler:
         if self.requests.pop(request.request_id, None) is None:
             return
         if request in self.running:
-            self.running.remove(request)
+            del self.running[request]
+        elif request in self.ending:
+            del self.ending[request]
         else:
             self._num_waiting -= 1  # its entry in the heap is skipped when it surfaces
         self.block_manager.free(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,6 +201,15 @@ class InterruptingBar:
     def close(self) -> None: ...
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C has its usual effect, also where a shell started the tests in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_the_rows_that_are_done(llm: LLM) -> None:
     frame = pd.DataFrame({"q": [QUESTIONS[0], "Once upon a time"]})
     params = [GREEDY, SamplingParams(temperature=1.0, seed=1, max_tokens=900, ignore_eos=True)]

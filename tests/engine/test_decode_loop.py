@@ -70,18 +70,20 @@ def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[[in
     return outcomes_alone
 
 
-@pytest.mark.parametrize("max_steps", [1, 2, 3, 8])
+@pytest.mark.parametrize(("max_steps", "max_pending"), [(1, 1), (1, 2), (3, 1), (8, 2), (2, 3)])
 @pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 16}], ids=["roomy", "tight"])
 def test_steps_in_a_row_and_ahead_give_the_tokens_of_single_steps(
     make_engine: MakeEngine,
     make_request: MakeRequest,
     expected: Callable[[int], Any],
     max_steps: int,
+    max_pending: int,
     options: dict[str, Any],
 ) -> None:
     for seed in range(3):
         engine = make_engine(**(OPTIONS | options))
         engine.runner.max_steps = max_steps
+        engine.runner.max_pending_steps = max_pending
         rng = random.Random(seed)
         requests = [make_request(prompt, **job) for prompt, job in make_jobs(seed)]
         for request in requests:
@@ -98,17 +100,19 @@ def test_a_request_that_is_aborted_while_a_step_is_pending_frees_its_pages(
     make_engine: MakeEngine, make_request: MakeRequest
 ) -> None:
     engine = make_engine(**OPTIONS)
-    engine.runner.max_steps = 4
+    engine.runner.max_steps, engine.runner.max_pending_steps = 4, 2
     requests = [make_request([5, 6, 7], max_tokens=60) for _ in range(3)]
     for request in requests:
         engine.add(request)
     for _ in range(3):
         engine.step()
-    assert engine._pending is not None
-    changed = engine.abort(requests[:1])
-    assert requests[0] in changed and requests[1] in changed
-    assert engine._pending is None
+    assert engine._pending
+    assert engine.abort(requests[:1]) == requests[:1]
+    assert not requests[0].block_table
+    other = make_request([9, 9, 9], max_tokens=60)  # takes its pages and its row at once
+    engine.add(other)
     run(engine)
+    assert other.num_output_tokens == 60
     assert [r.num_output_tokens for r in requests[1:]] == [60, 60]
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
 
@@ -117,7 +121,7 @@ def test_an_error_fails_the_requests_of_all_pending_steps(
     make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(**OPTIONS)
-    engine.runner.max_steps = 4
+    engine.runner.max_steps, engine.runner.max_pending_steps = 4, 2
     requests = [make_request([5, 6, 7], max_tokens=60) for _ in range(3)]
     for request in requests:
         engine.add(request)
@@ -142,7 +146,7 @@ def test_logits_that_go_bad_in_a_later_step_fail_the_row_alone(
     make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(**OPTIONS)
-    engine.runner.max_steps = 8
+    engine.runner.max_steps, engine.runner.max_pending_steps = 8, 2
     bad, good = make_request([5, 6, 7], max_tokens=30), make_request([8, 9], max_tokens=30)
     model: Any = engine.runner.model
     forward = model.forward

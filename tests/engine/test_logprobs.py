@@ -17,7 +17,7 @@ def test_the_chosen_token_comes_first_then_the_most_likely(logits: torch.Tensor)
     chosen = torch.tensor([3, 0, 39, 7, 7])
     counts = [0, 1, 5, -1, 100]
     exact = torch.log_softmax(logits.double(), dim=-1)
-    for row, entry in enumerate(gather_logprobs(logits, chosen, counts)):
+    for row, entry in enumerate(gather_logprobs(logits, chosen, counts).entries()):
         order = exact[row].argsort(descending=True).tolist()
         count = 40 if counts[row] in (-1, 100) else counts[row]
         token = int(chosen[row])
@@ -33,7 +33,7 @@ def test_the_chosen_token_comes_first_then_the_most_likely(logits: torch.Tensor)
 def test_named_tokens_replace_the_most_likely_ones(logits: torch.Tensor) -> None:
     chosen = torch.tensor([1, 2, 3, 4, 5])
     extra = [None, [], [9], [4, 0], [39, 38, 37]]
-    entries = gather_logprobs(logits, chosen, [2, 3, 1, 2, 3], extra)
+    entries = gather_logprobs(logits, chosen, [2, 3, 1, 2, 3], extra).entries()
     assert len(entries[0]) in (2, 3)
     assert [set(entry) for entry in entries[1:]] == [{2}, {3, 9}, {4, 0}, {5, 39, 38, 37}]
     exact = torch.log_softmax(logits.double(), dim=-1)
@@ -47,5 +47,5 @@ def test_named_tokens_replace_the_most_likely_ones(logits: torch.Tensor) -> None
 
 
 def test_equal_logits_share_the_best_rank() -> None:
-    (entry,) = gather_logprobs(torch.zeros(1, 6), torch.tensor([4]), [0])
+    (entry,) = gather_logprobs(torch.zeros(1, 6), torch.tensor([4]), [0]).entries()
     assert entry[4].rank == 1

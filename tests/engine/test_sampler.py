@@ -14,6 +14,7 @@ from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.request import Request
 from nbllm.engine.sampler import Sampler, find_dead_ends, forbidden_ids
+from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm_kernels import SamplingTensors, sample
 
@@ -54,7 +55,8 @@ def make_batch(rows: list[tuple[SamplingParams, int]], **fields: Any) -> tuple[B
     nothing: Any = None
     buffers = StepBuffers(StepSize(0, 0, len(rows), 0), batch.device)
     buffers["sampled_rows"].copy_(torch.tensor([batch.rows[request] for request in requests]))
-    step = StepInput(buffers, nothing, requests)
+    sampled = [ScheduledRequest(r, r.num_tokens - 1, 1, 1, r.shapes_logits) for r in requests]
+    step = StepInput(buffers, nothing, sampled)
     return batch, step
 
 
@@ -263,21 +265,20 @@ def test_equal_logits_are_drawn_equally_often() -> None:
 
 def test_bad_words_forbid_only_what_completes_them() -> None:
     _, step = make_batch([(SamplingParams(), 0)], bad_words_token_ids=BAD_WORDS)
-    request = step.sampled_requests[0]
-    assert forbidden_ids(request) == [7, 8]
-    request.token_ids += [4]
-    assert forbidden_ids(request) == [7, 9]
+    assert forbidden_ids(step.sampled[0]) == [7, 8]
+    step.sampled[0].request.token_ids += [4]
+    assert forbidden_ids(step.sampled[0]) == [7, 9]
 
 
 def test_a_bad_word_does_not_begin_in_the_prompt() -> None:
     _, step = make_batch([(SamplingParams(), 0)], bad_words_token_ids=[[2, 3, 3, 4, 5, 6]])
-    assert forbidden_ids(step.sampled_requests[0]) == []
+    assert forbidden_ids(step.sampled[0]) == []
 
 
 def test_a_request_that_allows_no_token_is_found() -> None:
     dead = SamplingParams(allowed_token_ids=[7, EOS], min_tokens=9)
     alive = SamplingParams(allowed_token_ids=[7, EOS, 8], min_tokens=9)
     _, step = make_batch([(dead, 0), (alive, 0)], bad_words_token_ids=[[7]])
-    errors = find_dead_ends(step.sampled_requests)
-    assert list(errors) == [step.sampled_requests[0]]
-    assert isinstance(errors[step.sampled_requests[0]], RequestFailedError)
+    errors = find_dead_ends(step.sampled)
+    assert list(errors) == [step.sampled[0].request]
+    assert isinstance(errors[step.sampled[0].request], RequestFailedError)

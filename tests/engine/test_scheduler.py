@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,8 @@ from nbllm import SamplingParams
 from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
 from nbllm.engine.request import FinishReason, Request
-from nbllm.engine.scheduler import Scheduler, SchedulerOutput
+from nbllm.engine.scheduler import Scheduler
+from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 
 MakeRequest = Callable[..., Request]
 
@@ -26,7 +29,8 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 4, **options: object)
 def advance(scheduler: Scheduler, token: int = 7) -> SchedulerOutput:
     """One step in which every request that samples gets `token`."""
     output = scheduler.schedule()
-    scheduler.advance(output, {i.request: [token] for i in output.scheduled if i.samples})
+    sampled = {i.request: [token] for i in output.scheduled if i.num_sampled_tokens}
+    scheduler.advance(output, sampled)
     scheduler.check_integrity()
     return output
 
@@ -79,7 +83,7 @@ def test_the_last_of_the_running_is_preempted_and_comes_back(make_request: MakeR
     scheduler.add(second)
     preempted = []
     while scheduler.has_requests:
-        preempted += advance(scheduler).preempted
+        preempted += [r for r in advance(scheduler).released if not r.is_finished]
     assert preempted == [second]
     assert first.num_output_tokens == second.num_output_tokens == 9
     assert second.metrics.num_preemptions == scheduler.num_preemptions == 1
@@ -93,9 +97,22 @@ def test_followers_wait_for_their_leaders_prompt_and_share_its_pages(
     follower = make_request([1] * 9, cache_salt=3, leader=leader)
     scheduler.add(leader)
     scheduler.add(follower)
-    assert shares(advance(scheduler)) == [9]
+    assert shares(advance(scheduler)) == [9, 1]
     assert shares(advance(scheduler)) == [1, 1]
     assert follower.block_table[:2] == leader.block_table[:2]
+
+
+def test_a_page_is_not_found_whose_last_token_ended_the_text(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(block_size=4)
+    params = SamplingParams(stop_token_ids=[9])
+    request = make_request([1, 2, 3], params=params)
+    scheduler.add(request)
+    first, ahead = scheduler.schedule(), scheduler.schedule()
+    assert ahead.scheduled[0].start == 3  # where the 9 goes, if the device went on after it
+    scheduler.advance(first, {request: [9]})
+    assert request.is_finished
+    follower = make_request([1, 2, 3, 9, 5])
+    assert scheduler.block_manager.find_cached_blocks(follower) == []
 
 
 def test_a_stop_checker_that_raises_ends_its_own_request_only(make_request: MakeRequest) -> None:
@@ -128,6 +145,57 @@ def test_a_restart_keeps_tokens_and_order_and_nothing_else(make_request: MakeReq
     assert [r.num_output_tokens for r in requests] == [4, 4, 4]
 
 
+class Device:
+    """What the scheduler is told of never, and relies on: pages with content, steps in order.
+
+    In the place of keys and values stands the whole text up to the token that they belong to.
+    """
+
+    def __init__(self, block_size: int, rng: random.Random) -> None:
+        self.block_size = block_size
+        self.rng = rng
+        self.pages: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.texts: dict[Request, list[int]] = {}
+        self.ended: set[Request] = set()
+
+    def run(self, output: SchedulerOutput) -> dict[Request, list[int]]:
+        """Run a step; returns its tokens, which the scheduler may hear of much later."""
+        for request in output.released:
+            self.texts.pop(request, None)
+        for item in output.scheduled:
+            if item.request not in self.texts:
+                self.texts[item.request] = list(item.request.token_ids)
+                self.ended.discard(item.request)
+        sampled: dict[Request, list[int]] = {i.request: [] for i in output.scheduled}
+        for number in range(output.num_steps):
+            alive = [i for i in output.scheduled if i.request not in self.ended]
+            for item in alive:
+                text = self.texts[item.request]
+                first = item.start + number
+                for position in range(first, first + item.num_scheduled_tokens):
+                    self.pages[self._slot(item.request, position)] = tuple(text[: position + 1])
+            for item in alive:
+                self._attend(item, number, sampled[item.request])
+        return sampled
+
+    def _attend(self, item: ScheduledRequest, number: int, sampled: list[int]) -> None:
+        request, text = item.request, self.texts[item.request]
+        end = item.first_position + number
+        for position in range(end):
+            page = self.pages[self._slot(request, position)]
+            assert page == tuple(text[: position + 1]), "somebody else's page"
+        if not item.num_sampled_tokens:
+            return
+        assert end == len(text), "it samples before its last token is computed"
+        text.append(self.rng.randrange(3))
+        sampled.append(text[-1])
+        if text[-1] in request.stop_ids or len(text) == request.max_num_tokens:
+            self.ended.add(request)
+
+    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+        return request.block_table[position // self.block_size], position % self.block_size
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> dict[str, int]:
     return {
@@ -138,7 +206,29 @@ def jobs(draw: st.DrawFn) -> dict[str, int]:
         "abort": draw(st.integers(0, 40)),  # aborted in that step if it is still there
         "priority": draw(st.integers(0, 2)),
         "n": draw(st.sampled_from([1, 1, 1, 2, 3])),
+        "end": draw(st.sampled_from(["length", "stop id", "stop string", "bad word"])),
     }
+
+
+def make_requests(number: int, job: dict[str, Any]) -> list[Request]:
+    """`n` continuations of a prompt; the first leads the others."""
+    prompt = [job["kind"]] * job["prompt_len"]
+    options: dict[str, Any] = {"priority": job["priority"]}
+    if job["end"] == "stop string":
+        options["stop_checker"] = lambda ids: "1" if 1 in ids else None
+    if job["end"] == "bad word":
+        options["bad_words_token_ids"] = [[0, 1]]
+    stop_ids = [2] if job["end"] == "stop id" else None
+    params = SamplingParams(ignore_eos=True, stop_token_ids=stop_ids)
+    requests: list[Request] = []
+    for k in range(job["n"]):
+        if job["n"] > 1:
+            options |= {"cache_salt": number + 1, "leader": requests[0] if requests else None}
+        request = Request(
+            f"{number}-{k}", list(prompt), len(prompt), params, job["max_tokens"], k, **options
+        )
+        requests.append(request)
+    return requests
 
 
 @given(
@@ -149,20 +239,23 @@ def jobs(draw: st.DrawFn) -> dict[str, int]:
     policy=st.sampled_from(["fcfs", "priority"]),
     prefix_caching=st.booleans(),
     chunked=st.booleans(),
+    max_steps=st.integers(1, 4),
+    max_pending=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 def test_any_workload_keeps_the_invariants_and_ends(
-    jobs: list[dict[str, int]],
+    jobs: list[dict[str, Any]],
     num_blocks: int,
     max_num_seqs: int,
     extra_tokens: int,
     policy: str,
     prefix_caching: bool,
     chunked: bool,
+    max_steps: int,
+    max_pending: int,
     seed: int,
 ) -> None:
-    rng = random.Random(seed)
     budget = max_num_seqs + extra_tokens
     scheduler = make_scheduler(
         num_blocks,
@@ -172,28 +265,16 @@ def test_any_workload_keeps_the_invariants_and_ends(
         enable_prefix_caching=prefix_caching,
         enable_chunked_prefill=chunked,
     )
+    device = Device(scheduler.block_manager.block_size, random.Random(seed))
+    pending: deque[tuple[SchedulerOutput, dict[Request, list[int]]]] = deque()
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[Request]] = {}
     everything: list[Request] = []
     for number, job in enumerate(jobs):
-        prompt = [job["kind"]] * job["prompt_len"]
-        leader = None
-        for k in range(job["n"]):
-            request = Request(
-                f"{number}-{k}",
-                list(prompt),
-                len(prompt),
-                SamplingParams(ignore_eos=True),
-                job["max_tokens"],
-                0,
-                priority=job["priority"],
-                cache_salt=number + 1 if job["n"] > 1 else 0,
-                leader=leader,
-            )
-            leader = leader or request
-            arrivals.setdefault(job["arrival"], []).append(request)
-            aborts.setdefault(job["abort"], []).append(request)
-            everything.append(request)
+        requests = make_requests(number, job)
+        arrivals.setdefault(job["arrival"], []).extend(requests)
+        aborts.setdefault(job["abort"], []).extend(requests)
+        everything += requests
     for step in range(2000):
         for request in arrivals.pop(step, []):
             scheduler.add(request)
@@ -201,20 +282,24 @@ def test_any_workload_keeps_the_invariants_and_ends(
             if request.request_id in scheduler.requests:
                 scheduler.finish(request, FinishReason.ABORT)
         before = {r: r.num_computed_tokens for r in everything}
-        head = scheduler.running[0] if scheduler.running else None
-        output = scheduler.schedule()
-        assert sum(i.num_scheduled_tokens for i in output.scheduled) <= budget
-        assert len({i.request for i in output.scheduled}) == len(output.scheduled)
+        head = next(iter(scheduler.running), None)
+        output = scheduler.schedule(max_steps, may_preempt=not pending)
         scheduler.check_integrity()
-        decodes = output.scheduled[: output.num_decodes]
-        assert all(i.num_scheduled_tokens == 1 and i.samples for i in decodes)
+        assert output.num_tokens <= budget
+        assert len({i.request for i in output.scheduled}) == len(output.scheduled) <= max_num_seqs
+        assert output.num_steps == 1 or output.only_decodes
+        assert all(i.num_scheduled_tokens == 1 for i in output.scheduled[: output.num_decodes])
+        for item in output.scheduled:
+            if item.request.needs_known_tokens:
+                assert item.first_position <= item.request.num_tokens, "a token is not known yet"
         if scheduler.has_requests:
-            assert output.scheduled or output.preempted, "nothing happens"
-        sampled = {i.request: [rng.randrange(3)] for i in output.scheduled if i.samples}
-        scheduler.advance(output, sampled)
-        scheduler.check_integrity()
-        if head is not None and policy == "fcfs":
+            assert output.scheduled or output.released or pending, "nothing happens"
+        if head is not None and policy == "fcfs" and not pending:
             assert head.is_finished or head.num_computed_tokens > before[head]
+        pending.append((output, device.run(output)))
+        if len(pending) == max_pending or not output.scheduled:
+            scheduler.advance(*pending.popleft())
+            scheduler.check_integrity()
         if not scheduler.has_requests and not arrivals:
             break
     assert all(request.is_finished for request in everything)

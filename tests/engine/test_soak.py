@@ -75,9 +75,10 @@ class Soak:
                 if added % 1000 == 0:
                     gc.collect()
                     self.resident.append(resident_bytes())
-            for request in engine.abort(doomed.pop(engine.num_steps, [])):
-                del active[request]
-            if engine.num_steps % PREEMPT_EVERY == 0 and engine.scheduler.running:
+            for step in [step for step in doomed if step <= engine.num_steps]:
+                for request in engine.abort(doomed.pop(step)):
+                    del active[request]
+            if engine.num_steps % PREEMPT_EVERY == 0 and engine.runner.max_pending_steps == 1:
                 self._preempt()
             if not engine.has_requests:
                 continue
@@ -89,8 +90,10 @@ class Soak:
 
     def _preempt(self) -> None:
         """What the scheduler does when pages run out, to the last of the running."""
+        scheduler = self.engine.scheduler
         preempted: list[Request] = []
-        self.engine.scheduler._preempt(self.engine.scheduler.running[-1], preempted)
+        if scheduler.running:
+            scheduler._preempt(next(reversed(scheduler.running)), preempted)
         for request in preempted:
             self.engine.runner.batch.remove(request)
 
@@ -102,9 +105,12 @@ class Soak:
         blocks.check_integrity([])
 
 
-def make_soak(make_engine: MakeEngine, make_request: MakeRequest) -> Soak:
+def make_soak(make_engine: MakeEngine, make_request: MakeRequest, num_blocks: int = 64) -> Soak:
     engine = make_engine(
-        max_num_seqs=16, max_num_batched_tokens=64, num_gpu_blocks_override=64, max_model_len=64
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=num_blocks,
+        max_model_len=64,
     )
     return Soak(engine, make_request)
 
@@ -116,6 +122,17 @@ def test_a_thousand_requests_with_aborts_and_preemptions_lose_no_page(
     soak.run(1_000)
     soak.check_idle()
     assert soak.num_survivors > 600
+    assert soak.engine.scheduler.num_preemptions > 20
+
+
+def test_steps_that_are_enqueued_before_the_last_has_ended_lose_no_page(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    soak = make_soak(make_engine, make_request, num_blocks=24)  # pages run out by themselves
+    soak.engine.runner.max_steps, soak.engine.runner.max_pending_steps = 2, 2
+    soak.run(500)
+    soak.check_idle()
+    assert soak.num_survivors > 300
     assert soak.engine.scheduler.num_preemptions > 20
 
 

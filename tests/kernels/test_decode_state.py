@@ -1,4 +1,4 @@
-"""decode_inputs and append_tokens: the loop on the device, against the reference step by step."""
+"""The ops of the loop on the device, against the reference step by step."""
 
 from __future__ import annotations
 
@@ -101,6 +101,22 @@ def test_the_kernels_do_what_the_reference_does(
         gpu.append_tokens(state, rows.to(device), tokens.to(device))
         reference.append_tokens(expected, rows, tokens)
         assert_equal(state, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 5, 1024, 3000])
+def test_rows_in_the_place_of_tokens_become_their_last_tokens(
+    device: torch.device, num_tokens: int
+) -> None:
+    from nbllm_kernels.gpu import decode_state as gpu
+
+    state = make_state(1)
+    input_ids = torch.randint(-1 - NUM_ROWS, 9, (num_tokens,))
+    expected = [x if x >= 0 else int(state.last_token[-1 - x]) for x in input_ids.tolist()]
+    actual = input_ids.to(device)
+    gpu.fill_last_tokens(copy_to(state, device), actual)
+    reference.fill_last_tokens(state, input_ids)
+    assert actual.tolist() == input_ids.tolist() == expected
 
 
 def run_alone(state: DecodeState, row: int, tokens: list[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""decode_inputs, append_tokens: a program for each row."""
+"""decode_inputs, append_tokens: a program for each row. fill_last_tokens: one for many tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from nbllm_kernels.decode_state import BAD_LOGITS, DecodeInputs, DecodeState
 
 _BAD_LOGITS = tl.constexpr(BAD_LOGITS)
 _BLOCK = 128  # entries of a block table at a time
+_TOKENS = 1024
 
 
 @triton.jit
@@ -148,4 +149,26 @@ def append_tokens(state: DecodeState, rows: Tensor, token_ids: Tensor) -> None:
         PADDED_STOP_IDS=triton.next_power_of_2(num_stop_ids),
         RING=state.generated.shape[1],
         num_warps=1,
+    )
+
+
+@triton.jit
+def _fill_last_tokens_kernel(
+    input_ids_ptr: tl.tensor,  # [num_tokens] int64
+    last_token_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    TOKENS: tl.constexpr,
+) -> None:
+    index = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.load(input_ids_ptr + index, mask=index < num_tokens, other=0)
+    unknown = token < 0
+    token = tl.load(last_token_ptr + (-1 - token), mask=unknown)
+    tl.store(input_ids_ptr + index, token, mask=unknown)
+
+
+def fill_last_tokens(state: DecodeState, input_ids: Tensor) -> None:
+    """See `nbllm_kernels.fill_last_tokens`."""
+    num_tokens = input_ids.shape[0]
+    _fill_last_tokens_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
+        input_ids, state.last_token, num_tokens, TOKENS=_TOKENS, num_warps=4
     )
