@@ -35,7 +35,8 @@ class AttentionMetadata:
     """The batch of one step: `num_seqs` sequences whose new tokens lie one after another.
 
     Attributes:
-        query_start_loc: [num_seqs + 1] int32, prefix sums of the numbers of new tokens.
+        query_start_loc: [num_seqs + 1] int32, prefix sums of the numbers of new tokens. Tokens past
+            the last of them belong to no sequence, and their outputs mean nothing.
         seq_lens: [num_seqs] int32, tokens of each sequence in the cache, this step's included.
         block_tables: [num_seqs, max_blocks] int32; entries past a sequence's need are any valid
             page.

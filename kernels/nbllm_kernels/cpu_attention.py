@@ -55,6 +55,8 @@ def paged_attention(
             k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
             v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
             outputs.append(_attend_chunk(query[loc[i] : loc[i + 1]], k, v, **options))
+        if loc[-1] < len(query):
+            outputs.append(torch.zeros_like(query[loc[-1] :]))  # of no sequence
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -126,7 +126,12 @@ class Batch:
         self._add_new(requests)
         self._send_new_blocks(requests)
 
-    def prepare(self, output: SchedulerOutput, buffers: StepBuffers | None = None) -> StepInput:
+    def prepare(
+        self,
+        output: SchedulerOutput,
+        buffers: StepBuffers | None = None,
+        num_decodes: int | None = None,
+    ) -> StepInput:
         """Build the tensors of a step of any kind.
 
         What a decoding sequence computes may not be known yet: in the place of its token stands
@@ -135,22 +140,28 @@ class Batch:
         Args:
             output: the step; the tables are up to date.
             buffers: where to, padded to their size; None makes some that fit.
+            num_decodes: of so many decoding sequences, padded ones included; None pads none.
         """
+        if num_decodes is None:
+            num_decodes = output.num_decodes
         scheduled = output.scheduled
-        rows = np.array([self.rows[item.request] for item in scheduled])
-        starts = np.array([item.start for item in scheduled])
-        lens = np.array([item.num_scheduled_tokens for item in scheduled])
-        loc = np.zeros(len(lens) + 1, dtype=np.int64)
+        places, rows, starts, lens = self._sequences(output, num_decodes)
+        num_seqs, padding = len(rows), slice(output.num_decodes, num_decodes)
+        loc = np.zeros(num_seqs + 1, dtype=np.int64)
         np.cumsum(lens, out=loc[1:])
         num_tokens, max_seq_len = int(loc[-1]), int((starts + lens).max())
         num_blocks = -(-max_seq_len // self.block_size)
-        sequence = np.repeat(np.arange(len(lens)), lens)
+        sequence = np.repeat(np.arange(num_seqs), lens)
         positions = np.arange(num_tokens) + (starts - loc[:-1])[sequence]
         pages = self.host_tables[rows[sequence], positions // self.block_size].astype(np.int64)
-        sampled = [i for i, item in enumerate(scheduled) if item.num_sampled_tokens]
-        token_ids: list[int] = (-1 - rows[: output.num_decodes]).tolist()
+        slots = pages * self.block_size + positions % self.block_size
+        slots[padding] = -1
+        seq_lens = starts + lens
+        seq_lens[padding] = 0
+        token_ids: list[int] = (-1 - rows[:num_decodes]).tolist()
         for item in scheduled[output.num_decodes :]:
             token_ids += item.request.token_ids[item.start : item.first_position]
+        sampled = [i for i, item in enumerate(scheduled) if item.num_sampled_tokens]
         has_prompt_lens = self.needs_prompt_lens and not output.only_decodes
         prompt_lens: list[int] = []
         if has_prompt_lens:
@@ -158,28 +169,47 @@ class Batch:
                 max(i.request.num_prompt_tokens, i.request.restarted_len) for i in scheduled
             ]
         if buffers is None:
-            size = StepSize(num_tokens, len(scheduled), len(sampled), num_blocks)
+            size = StepSize(num_tokens, num_seqs, len(sampled), num_blocks)
             buffers = StepBuffers(size, self.device)
         arrays = {
             "input_ids": np.array(token_ids),
             "positions": positions,
-            "slot_mapping": pages * self.block_size + positions % self.block_size,
-            "sampled_rows": rows[sampled],
-            "logits_indices": loc[1:][sampled] - 1,
+            "slot_mapping": slots,
+            "sampled_rows": rows[places[sampled]],
+            "logits_indices": loc[1:][places[sampled]] - 1,
             "prompt_lens": np.array(prompt_lens),
             "query_start_loc": loc,
-            "seq_lens": starts + lens,
+            "seq_lens": seq_lens,
             "block_tables": self.host_tables[rows, :num_blocks],
         }
         buffers.send(arrays, self.null_row)
         metadata = buffers.metadata(
             max_query_len=int(lens.max()),
             max_seq_len=max_seq_len,
-            num_decode_seqs=output.num_decodes,
+            num_decode_seqs=num_decodes,
             batch_invariant=self.batch_invariant,
             has_prompt_lens=has_prompt_lens,
         )
         return StepInput(buffers, metadata, [scheduled[i] for i in sampled])
+
+    def _sequences(self, output: SchedulerOutput, num_decodes: int) -> tuple[np.ndarray, ...]:
+        """Of the sequences of a step, `num_decodes` decoding ones first, the last of them padding.
+
+        Returns:
+            places: where each scheduled one is among them; and of all of them:
+            rows: in the tables.
+            starts: positions of their first new tokens.
+            lens: numbers of new tokens.
+        """
+        num_seqs = len(output.scheduled) + num_decodes - output.num_decodes
+        places = np.r_[0 : output.num_decodes, num_decodes:num_seqs]
+        rows = np.full(num_seqs, self.null_row)
+        starts = np.zeros(num_seqs, dtype=np.int64)
+        lens = np.ones(num_seqs, dtype=np.int64)
+        rows[places] = [self.rows[item.request] for item in output.scheduled]
+        starts[places] = [item.start for item in output.scheduled]
+        lens[places] = [item.num_scheduled_tokens for item in output.scheduled]
+        return places, rows, starts, lens
 
     def fill_last_tokens(self, buffers: StepBuffers) -> None:
         """Look up the tokens that `prepare` left open."""

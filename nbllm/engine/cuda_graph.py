@@ -17,6 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _RUNS_BEFORE_CAPTURE = 1
+_MAX_GRAPHS = 256  # each takes some memory; what is rare enough to come later runs as it is
 
 
 class GraphCache:
@@ -26,13 +27,14 @@ class GraphCache:
         is_enabled: False runs everything as it is.
 
     Attributes:
-        is_enabled: False, too, once a capture failed.
+        is_enabled: as given.
         num_replays: graphs replayed so far.
     """
 
     def __init__(self, *, is_enabled: bool) -> None:
         self.is_enabled = is_enabled
         self.num_replays = 0
+        self._may_capture = True
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._num_runs: Counter[Hashable] = Counter()
         self._pool: Any = None
@@ -45,8 +47,10 @@ class GraphCache:
             work: enqueues it on the current stream; free of synchronization.
         """
         graph = self._graphs.get(key)
-        if graph is None and self.is_enabled and self._num_runs[key] >= _RUNS_BEFORE_CAPTURE:
-            graph = self._capture(key, work)
+        if graph is None and self._num_runs[key] >= _RUNS_BEFORE_CAPTURE and self._wants_more():
+            graph = self._capture(work)
+            if graph is not None:
+                self._graphs[key] = graph
         if graph is None:
             work()
             self._num_runs[key] += 1
@@ -54,7 +58,10 @@ class GraphCache:
         graph.replay()
         self.num_replays += 1
 
-    def _capture(self, key: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def _wants_more(self) -> bool:
+        return self.is_enabled and self._may_capture and len(self._graphs) < _MAX_GRAPHS
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -68,8 +75,7 @@ class GraphCache:
             ):
                 work()
         except RuntimeError as error:  # most likely memory; the work itself can go on
-            self.is_enabled = False
-            logger.warning("CUDA graphs are off from now on: %s", error)
+            self._may_capture = False
+            logger.warning("no more CUDA graphs are captured from now on: %s", error)
             return None
-        self._graphs[key] = graph
         return graph

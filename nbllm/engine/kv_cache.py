@@ -157,7 +157,8 @@ def _kv_budget_bytes(
     max_num_seqs = config.max_num_seqs or 256
     activations = max_num_batched_tokens * (3 * model.intermediate_size + 8 * model.hidden_size)
     logits = 4 * max_num_seqs * model.vocab_size
-    reserve = activations * dtype.itemsize + logits * 4
+    num_pools = 1 if config.enforce_eager else 2  # captured steps have memory of their own
+    reserve = num_pools * activations * dtype.itemsize + logits * 4
     return int(free * config.gpu_memory_utilization) - reserve
 
 

@@ -1,13 +1,15 @@
-"""PromptGraphs: steps with few tokens of any kind, captured by the number of their tokens.
+"""PromptGraphs: steps that compute more than one token of some sequence, captured by their size.
 
-What a first token waits for is not the work of a short prompt but its hundreds of launches. So a
-step of at most `MAX_TOKENS` tokens of a few sequences is padded to a power of two and replayed;
-what is padded belongs to no sequence, writes to no slot and samples for nobody.
+What such a step waits for is often not its work but its hundreds of launches: all of them for the
+first token of a short prompt, and most of them when cells and tokenizers want the interpreter at
+the same time. So a step is padded to one of a few sizes and replayed. What is padded belongs to no
+sequence, writes to no slot and samples for nobody.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,14 +22,29 @@ from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import AttentionMetadata, DecodeInputs, append_tokens, decode_inputs, sample
 
-MAX_TOKENS = 512
 _MIN_TOKENS = 16
-_NUM_SEQS = 8
+_TOKENS = 512  # multiples of it are sizes, and powers of two below
+_MIN_SEQS = 8
+_SEQS_FACTOR = 4  # from one number of sequences to the next
+
+
+class _Size(NamedTuple):
+    """What a step is padded to.
+
+    Attributes:
+        num_tokens: those of the decoding sequences included.
+        num_decodes: sequences that decode, with one token each.
+        num_prompts: the other sequences.
+    """
+
+    num_tokens: int
+    num_decodes: int
+    num_prompts: int
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Buffers for one number of tokens."""
+    """Buffers for one size."""
 
     buffers: StepBuffers
     metadata: AttentionMetadata
@@ -51,31 +68,30 @@ class PromptGraphs:
         self._batch = batch
         self._kv_caches = kv_caches
         self._graphs = graphs
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[_Size, _Bucket] = {}
 
     def can_run(self, output: SchedulerOutput) -> bool:
-        """True for a small step that needs nothing but a token id of each sequence."""
+        """True for a step that needs nothing but a token id of each sequence."""
         return (
             self._graphs.is_enabled
-            and len(output.scheduled) <= _NUM_SEQS
-            and output.num_tokens <= MAX_TOKENS
             and not output.shapes_logits
             and all(i.request.sampling_params.prompt_logprobs is None for i in output.scheduled)
         )
 
     def run(self, output: SchedulerOutput) -> StepInput:
         """Enqueue a step; results go to `DecodeState.generated`."""
-        size = max(_MIN_TOKENS, 1 << (output.num_tokens - 1).bit_length())
+        size = self._size(output)
         if size not in self._buckets:
             self._buckets[size] = self._make_bucket(size)
         bucket = self._buckets[size]
-        step = self._batch.prepare(output, bucket.buffers)
+        step = self._batch.prepare(output, bucket.buffers, size.num_decodes)
         kind = SamplingKind.of([item.request for item in step.sampled])
         self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
         return step
 
     def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state
+        bucket.metadata.scratch.clear()
         self._batch.fill_last_tokens(buffers)
         hidden = self._model(
             buffers["input_ids"], buffers["positions"], self._kv_caches, bucket.metadata
@@ -87,15 +103,36 @@ class PromptGraphs:
             state, rows, sample(logits, kind.tensors(bucket.inputs, bucket.inputs.next_positions))
         )
 
-    def _make_bucket(self, size: int) -> _Bucket:
+    def _size(self, output: SchedulerOutput) -> _Size:
+        num_decodes = self._num_seqs(output.num_decodes)
+        num_tokens = output.num_tokens - output.num_decodes + num_decodes
+        if num_tokens <= _TOKENS:
+            num_tokens = max(_MIN_TOKENS, 1 << (num_tokens - 1).bit_length())
+        else:
+            num_tokens = -(-num_tokens // _TOKENS) * _TOKENS
+        return _Size(
+            num_tokens, num_decodes, self._num_seqs(len(output.scheduled) - output.num_decodes)
+        )
+
+    def _num_seqs(self, num_seqs: int) -> int:
+        size = _MIN_SEQS if num_seqs else 0
+        while size < num_seqs:
+            size *= _SEQS_FACTOR
+        return min(size, self._batch.max_num_seqs)
+
+    def _make_bucket(self, size: _Size) -> _Bucket:
         batch = self._batch
         num_blocks = batch.state.block_tables.shape[1]
-        buffers = StepBuffers(StepSize(size, _NUM_SEQS, _NUM_SEQS, num_blocks), batch.device)
+        num_seqs = size.num_decodes + size.num_prompts
+        num_sampled = min(num_seqs, batch.max_num_seqs)
+        buffers = StepBuffers(
+            StepSize(size.num_tokens, num_seqs, num_sampled, num_blocks), batch.device
+        )
         metadata = buffers.metadata(
-            max_query_len=size,
+            max_query_len=size.num_tokens,
             max_seq_len=num_blocks * batch.block_size,
-            num_decode_seqs=0,  # all sequences go the way of the prompts
+            num_decode_seqs=size.num_decodes,
             batch_invariant=batch.batch_invariant,
             has_prompt_lens=False,
         )
-        return _Bucket(buffers, metadata, make_decode_inputs(_NUM_SEQS, batch.state))
+        return _Bucket(buffers, metadata, make_decode_inputs(num_sampled, batch.state))

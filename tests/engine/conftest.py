@@ -10,6 +10,7 @@ import pytest
 
 from nbllm import SamplingParams
 from nbllm.config import EngineConfig
+from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.engine import Engine
 from nbllm.engine.loading import load_engine
 from nbllm.engine.request import Request
@@ -33,6 +34,31 @@ def make_request() -> Callable[..., Request]:
             **options,
         )
 
+    return make
+
+
+class Replay:
+    """What a CUDA graph does, where there is none: the same work on the same buffers."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.replay = work
+
+
+@pytest.fixture
+def make_replaying_engine(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Engine]:
+    """An engine on the CPU that takes the ways of a GPU: captured steps, several in a row, ahead of
+    their results."""
+
+    def make(**options: Any) -> Engine:
+        engine = make_engine(**options)
+        engine.runner.graphs.is_enabled = True
+        engine.runner.max_steps, engine.runner.max_pending_steps = 8, 2
+        return engine
+
+    # A real capture only records, and the replay that follows does the work for the first time.
+    monkeypatch.setattr(GraphCache, "_capture", lambda _, work: Replay(work))
     return make
 
 

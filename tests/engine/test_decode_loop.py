@@ -56,12 +56,12 @@ def outcomes(requests: list[Request]) -> list[tuple[list[int], FinishReason | No
 
 
 @pytest.fixture
-def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[[int], Any]:
+def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[..., Any]:
     """What each job gives alone, one step at a time."""
 
-    def outcomes_alone(seed: int) -> Any:
+    def outcomes_alone(seed: int, **kind: bool) -> Any:
         engine = make_engine(**OPTIONS)
-        requests = [make_request(prompt, **options) for prompt, options in make_jobs(seed)]
+        requests = [make_request(prompt, **options) for prompt, options in make_jobs(seed, **kind)]
         for request in requests:
             engine.add(request)
             run(engine)
@@ -75,7 +75,7 @@ def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[[in
 def test_steps_in_a_row_and_ahead_give_the_tokens_of_single_steps(
     make_engine: MakeEngine,
     make_request: MakeRequest,
-    expected: Callable[[int], Any],
+    expected: Callable[..., Any],
     max_steps: int,
     max_pending: int,
     options: dict[str, Any],
@@ -94,6 +94,28 @@ def test_steps_in_a_row_and_ahead_give_the_tokens_of_single_steps(
         assert outcomes(requests) == expected(seed)
         assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
         assert not engine.runner.batch.rows
+
+
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 16}], ids=["roomy", "tight"])
+def test_replayed_steps_give_the_tokens_of_single_steps(
+    make_replaying_engine: MakeEngine,
+    make_request: MakeRequest,
+    expected: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    engine = make_replaying_engine(**(OPTIONS | options))
+    for seed, on_device in [(0, True), (1, True), (2, False), (3, True)]:
+        jobs = make_jobs(seed, on_device=on_device)
+        requests = [make_request(prompt, **job) for prompt, job in jobs]
+        for request in requests:
+            engine.add(request)
+        run(engine)
+        assert outcomes(requests) == expected(seed, on_device=on_device)
+    keys: Any = list(engine.runner.graphs._graphs)
+    assert {key[0] for key in keys} == {"decode", "prompt"}
+    assert any(size.num_decodes for kind, size, *_ in keys if kind == "prompt")
+    assert engine.runner.graphs.num_replays > 20
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
 
 
 def test_a_request_that_is_aborted_while_a_step_is_pending_frees_its_pages(
