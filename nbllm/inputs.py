@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Union
 
@@ -111,6 +111,8 @@ def _parse(prompt: Any) -> EncodedPrompt | str:
 
 
 def _token_ids(ids: Sequence[Any]) -> list[int]:
+    if set(map(type, ids)) <= {int}:  # nearly always: a prompt may have many thousands
+        return list(ids)
     for item in ids:
         if not _is_token_id(item):
             raise InvalidRequestError(
@@ -150,6 +152,7 @@ class RequestFactory:
         self._max_model_len = config.max_model_len
         self._model_config = model_config
         self._vocab_size = model_config.vocab_size
+        self._rope_depends_on_length = model_config.length_rope is not None
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._tokenize = tokenize
         self._make_stop_checker = make_stop_checker
@@ -183,9 +186,14 @@ class RequestFactory:
         self._num_made += 1
         # With caching off, the continuations of one prompt share its pages under their own salt.
         caching = self._config.enable_prefix_caching
-        own_salt = number + 1 if params.n > 1 and not caching else 0
-        model = self._model_config
-        restart_len = model.rope_restart_len(num_prompt_tokens)
+        cache_salt = number + 1 if params.n > 1 and not caching else 0
+        restart_len, restart_cache_salt = None, 0
+        if self._rope_depends_on_length:
+            model = self._model_config
+            restart_len = model.rope_restart_len(num_prompt_tokens)
+            if caching:
+                cache_salt = model.rope_cache_salt(num_prompt_tokens)
+                restart_cache_salt = model.rope_cache_salt(restart_len or 0)
         requests: list[Request] = []
         for index in range(params.n):
             request = Request(
@@ -198,9 +206,9 @@ class RequestFactory:
                 eos_token_ids=eos,
                 priority=priority,
                 leader=requests[0] if requests else None,
-                cache_salt=model.rope_cache_salt(num_prompt_tokens) if caching else own_salt,
+                cache_salt=cache_salt,
                 restart_len=restart_len,
-                restart_cache_salt=model.rope_cache_salt(restart_len or 0) if caching else 0,
+                restart_cache_salt=restart_cache_salt,
                 bad_words_token_ids=bad_words,
                 streaming=streaming,
             )
@@ -249,15 +257,15 @@ class RequestFactory:
                 f"{name} needs a tokenizer, and skip_tokenizer_init=True", parameter=name
             )
 
-    def _check_ids(self, ids: Iterable[int], parameter: str) -> None:
+    def _check_ids(self, ids: Collection[int], parameter: str) -> None:
         # A wrong id would be an out-of-bounds read on the GPU, which kills the whole kernel.
-        for token_id in ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{parameter}: token id {token_id} is not in the vocabulary of "
-                    f"{self._vocab_size}",
-                    parameter=parameter,
-                )
+        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
+        raise InvalidRequestError(
+            f"{parameter}: token id {wrong} is not in the vocabulary of {self._vocab_size}",
+            parameter=parameter,
+        )
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each word as it is tokenized at the start of a text and after a space."""

@@ -70,7 +70,7 @@ def test_an_old_mark_of_a_request_that_has_ended_since_is_not_its_end(
     request, processor = start(tokenizer, RequestOutputKind.DELTA)
     ids = tokenizer.encode(" brown fox")
     for token_id in [*ids, 2]:  # the engine is through before the reader looks
-        request.append(token_id)
+        request.extend([token_id])
     assert request.is_finished
     assert processor.update(request, len(ids)) is False
     first = processor.report()
@@ -84,7 +84,7 @@ def test_an_old_mark_of_a_request_that_has_ended_since_is_not_its_end(
 
 def test_a_request_that_is_aborted_ends_at_its_last_mark(tokenizer: Tokenizer) -> None:
     request, processor = start(tokenizer, RequestOutputKind.CUMULATIVE)
-    request.append(tokenizer.encode("a")[0])
+    request.extend([tokenizer.encode("a")[0]])
     request.finish(FinishReason.ABORT)
     assert processor.update(request, 1) is True
     output = processor.report()
@@ -97,7 +97,7 @@ def test_deltas_have_their_own_logprobs_and_the_sum_so_far(tokenizer: Tokenizer)
     sums = []
     for number, token_id in enumerate(tokenizer.encode(" brown")):
         request.logprobs.append({token_id: Logprob(-0.5, 1)})
-        request.append(token_id)
+        request.extend([token_id])
         request.logprobs.append({9: Logprob(-9.0)})  # of a token that the reader can't see yet
         processor.update(request, number + 1)
         request.logprobs.pop()

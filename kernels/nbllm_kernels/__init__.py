@@ -23,6 +23,13 @@ from nbllm_kernels.decode_state import (
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
+from nbllm_kernels.penalties import (
+    MAX_COUNT,
+    PROMPT_FLAG,
+    Penalties,
+    apply_penalties,
+    count_tokens,
+)
 from nbllm_kernels.rms_norm import rms_norm
 from nbllm_kernels.rotary import rotary
 from nbllm_kernels.sampling import SamplingTensors, gumbel_noise, sample
@@ -30,16 +37,21 @@ from nbllm_kernels.store_kv import store_kv
 
 __all__ = [
     "BAD_LOGITS",
+    "MAX_COUNT",
+    "PROMPT_FLAG",
     "AttentionMetadata",
     "DecodeInputs",
     "DecodeState",
     "HeadNorm",
     "PackedWeight",
+    "Penalties",
     "SamplingTensors",
     "SharedPrefix",
     "Weight",
     "append_tokens",
+    "apply_penalties",
     "attention_inputs",
+    "count_tokens",
     "decode_inputs",
     "fill_last_tokens",
     "gelu_and_mul",

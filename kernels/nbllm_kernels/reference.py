@@ -17,8 +17,10 @@ from nbllm_kernels.sampling_tensors import SamplingTensors
 
 if TYPE_CHECKING:
     from nbllm_kernels.decode_state import DecodeInputs, DecodeState
+    from nbllm_kernels.penalties import Penalties
 
 BAD_LOGITS = -2  # in place of a token, see `nbllm_kernels.decode_state`
+MAX_COUNT, PROMPT_FLAG = 0x7FFF, -0x8000  # halves of an int16, see `nbllm_kernels.penalties`
 
 
 def paged_attention(
@@ -181,6 +183,33 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
         (before >= top_p[:, None]) & (top_p[:, None] < 1.0) & (before > 0), -torch.inf
     )
     return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def apply_penalties(logits: Tensor, rows: Tensor, penalties: Penalties) -> Tensor:
+    """Lower the logits of ids that occurred already; rows without penalties cost nothing."""
+    presence, frequency = penalties.presence[rows], penalties.frequency[rows]
+    repetition = penalties.repetition[rows]
+    index = torch.nonzero((presence != 0) | (frequency != 0) | (repetition != 1))[:, 0]
+    if not len(index):
+        return logits.float()
+    logits = logits.to(torch.float32, copy=True)
+    x = logits[index]
+    occurred = penalties.occurrences[rows[index]]
+    counts = occurred & MAX_COUNT
+    factor = repetition[index, None]
+    x = torch.where(occurred != 0, torch.where(x > 0, x / factor, x * factor), x)
+    x = x - frequency[index, None] * counts
+    x = x - presence[index, None] * (counts > 0)
+    logits[index] = x
+    return logits
+
+
+def count_tokens(penalties: Penalties, rows: Tensor, token_ids: Tensor) -> None:
+    """Add one to the counts of generated ids."""
+    rows, token_ids = rows[token_ids >= 0], token_ids[token_ids >= 0]
+    occurred = penalties.occurrences[rows, token_ids]
+    is_full = (occurred & MAX_COUNT) == MAX_COUNT
+    penalties.occurrences[rows, token_ids] = torch.where(is_full, occurred, occurred + 1)
 
 
 def decode_inputs(

@@ -8,6 +8,7 @@ they are scheduled. What a decode step starts from is never sent: the step befor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ from torch import Tensor
 from nbllm.engine.request import MAX_STOP_IDS, Request
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
-from nbllm.sampling_params import SamplingParams
-from nbllm_kernels import AttentionMetadata, DecodeState, fill_last_tokens
+from nbllm_kernels import (
+    MAX_COUNT,
+    PROMPT_FLAG,
+    AttentionMetadata,
+    DecodeState,
+    Penalties,
+    fill_last_tokens,
+)
 
-# Columns of the table of penalties.
-PRESENCE, FREQUENCY, REPETITION = range(3)
 RING = 8  # tokens that a row may get in one launch
 
 
@@ -100,15 +105,26 @@ class Batch:
             seeds=zeros(torch.int64),
             generated=zeros(torch.int64, RING) - 1,
         )
-        self.penalties = zeros(torch.float32, 3)
-        # [max_num_seqs, vocab_size], made when the first request with a penalty arrives.
-        self.output_counts: Tensor | None = None
-        self.prompt_mask: Tensor | None = None
+        self._penalties: Penalties | None = None
         self.rows: dict[Request, int] = {}
         self.version = 0  # changes whenever a row gets another owner
         self._free_rows = list(range(max_num_seqs))[::-1]
         self._num_blocks_sent = [0] * max_num_seqs
         self.host_tables = np.zeros(self.state.block_tables.shape, dtype=np.int32)
+
+    @property
+    def penalties(self) -> Penalties:
+        """Made when the first request with a penalty arrives: two bytes for each row and id."""
+        if self._penalties is None:
+            num_rows = self.max_num_seqs + 1
+            shape = (num_rows, self.vocab_size)
+            self._penalties = Penalties(
+                occurrences=torch.zeros(shape, dtype=torch.int16, device=self.device),
+                presence=torch.zeros(num_rows, device=self.device),
+                frequency=torch.zeros(num_rows, device=self.device),
+                repetition=torch.ones(num_rows, device=self.device),
+            )
+        return self._penalties
 
     def clear(self) -> None:
         """Give up all rows."""
@@ -215,13 +231,6 @@ class Batch:
         """Look up the tokens that `prepare` left open."""
         fill_last_tokens(self.state, buffers["input_ids"])
 
-    def count_tokens(self, step: StepInput, token_ids: Tensor) -> None:
-        """Book sampled tokens ([num_sampled] int64) in the tables of the penalties."""
-        if self.output_counts is not None:
-            ones = torch.ones_like(token_ids, dtype=self.output_counts.dtype)
-            index = (step.sampled_rows, token_ids.clamp(min=0))
-            self.output_counts.index_put_(index, ones, accumulate=True)
-
     def _add_new(self, requests: Sequence[Request]) -> None:
         new = [request for request in requests if request not in self.rows]
         if not new:
@@ -253,30 +262,41 @@ class Batch:
         state.stop_ids[rows_t] = stop_ids.view(-1, MAX_STOP_IDS)
         state.top_k[rows_t] = top_k.to(torch.int32)
         state.seeds[rows_t] = seeds
-        floats = torch.tensor([_float_columns(p) for p in params], dtype=torch.float32)
-        floats = floats.to(self.device)
+        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params])
+        floats = floats.to(self.device, torch.float32)
         for column, table in enumerate((state.temperature, state.top_p, state.min_p)):
             table[rows_t] = floats[:, column]
-        self.penalties[rows_t] = floats[:, 3:]
-        for request, row in zip(new, rows, strict=True):
-            self._count_tokens(request, row)
+        if self._penalties is not None or any(request.has_penalties for request in new):
+            self._add_penalties(new, rows_t)
 
-    def _count_tokens(self, request: Request, row: int) -> None:
-        """Fill the tables of the penalties: which ids stand in the prompt, how often in the output.
+    def _add_penalties(self, new: Sequence[Request], rows: Tensor) -> None:
+        """Fill the tables of the penalties for new rows.
 
-        Rows without penalties are left as they are: nobody reads them.
+        Occurrences only where they matter: nobody else reads them.
         """
-        if not request.has_penalties:
-            return
-        if self.output_counts is None or self.prompt_mask is None:
-            shape = (len(self._num_blocks_sent), self.vocab_size)
-            self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self.prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        prompt = torch.tensor(request.token_ids[: request.num_prompt_tokens], device=self.device)
-        output = torch.tensor(request.output_token_ids, dtype=torch.int64, device=self.device)
-        self.prompt_mask[row] = False
-        self.prompt_mask[row, prompt] = True
-        self.output_counts[row] = torch.bincount(output, minlength=self.vocab_size)
+        penalties, params = self.penalties, [request.sampling_params for request in new]
+        columns = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params]
+        floats = torch.tensor(columns).to(self.device, torch.float32)
+        for column, table in enumerate(
+            (penalties.presence, penalties.frequency, penalties.repetition)
+        ):
+            table[rows] = floats[:, column]
+        penalized = [request for request in new if request.has_penalties]
+        prompts = [set(r.token_ids[: r.num_prompt_tokens]) for r in penalized]
+        outputs = [Counter(r.output_token_ids) for r in penalized]
+        numbers = [self.rows[request] for request in penalized]
+        whole, prompt_rows, prompt_ids, output_rows, output_ids, counts = self.to_device(
+            numbers,
+            np.repeat(numbers, [len(ids) for ids in prompts]),
+            [i for ids in prompts for i in ids],
+            np.repeat(numbers, [len(ids) for ids in outputs]),
+            [i for ids in outputs for i in ids],
+            [min(count, MAX_COUNT) for ids in outputs for count in ids.values()],
+        )
+        occurrences = penalties.occurrences
+        occurrences[whole] = 0
+        occurrences[output_rows, output_ids] = counts.to(occurrences.dtype)
+        occurrences[prompt_rows, prompt_ids] |= PROMPT_FLAG
 
     def _send_new_blocks(self, requests: Sequence[Request]) -> None:
         rows: list[int] = []
@@ -302,14 +322,6 @@ class Batch:
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True).split(sizes)
-
-
-def _float_columns(params: SamplingParams) -> list[float]:
-    penalties = [0.0] * 3
-    penalties[PRESENCE] = params.presence_penalty
-    penalties[FREQUENCY] = params.frequency_penalty
-    penalties[REPETITION] = params.repetition_penalty
-    return [params.temperature, params.top_p, params.min_p, *penalties]
 
 
 def _stop_ids(request: Request) -> list[int]:

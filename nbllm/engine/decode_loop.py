@@ -19,7 +19,13 @@ from torch import Tensor
 from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch
 from nbllm.engine.cuda_graph import GraphCache
-from nbllm.engine.sampler import SamplingKind
+from nbllm.engine.logprobs import (
+    LogprobReport,
+    LogprobTensors,
+    captured_report,
+    make_logprob_tensors,
+)
+from nbllm.engine.sampler import SamplingKind, draw
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.engine.shared_prefix import tile_shared_prefixes
 from nbllm.models.causal_lm import CausalLM
@@ -28,10 +34,8 @@ from nbllm_kernels import (
     DecodeInputs,
     DecodeState,
     SharedPrefix,
-    append_tokens,
     decode_inputs,
     rows_per_prefix_tile,
-    sample,
 )
 
 _MIN_CASCADE_SIZE = 8  # rows from which on it is looked for what they share
@@ -46,6 +50,7 @@ class _Bucket:
     inputs: DecodeInputs
     metadata: AttentionMetadata
     cascade: AttentionMetadata | None  # the same with a shared prefix
+    logprobs: LogprobTensors | None = None
     filled_for: tuple[int, list[int]] | None = None
     shares: bool = False
 
@@ -77,23 +82,31 @@ class DecodeLoop:
         self._buckets: dict[int, _Bucket] = {}
         self._sizes = _bucket_sizes(batch.max_num_seqs)
 
-    def run(self, output: SchedulerOutput) -> Tensor:
+    def run(self, output: SchedulerOutput) -> tuple[Tensor, LogprobReport | None]:
         """Enqueue steps in which all decode; results go to `DecodeState.generated`.
 
         Returns:
-            [len(output.scheduled)] int64, the rows of the tables, until the next call.
+            [len(output.scheduled)] int64, the rows of the tables, until the next call; and what is
+            reported of the tokens.
         """
         scheduled = output.scheduled
-        kind = SamplingKind.of([item.request for item in scheduled])
+        kind = SamplingKind.of(scheduled)
         bucket = self._find_bucket(len(scheduled))
         self._fill(bucket, scheduled)
         metadata = bucket.metadata
         if bucket.shares and bucket.cascade is not None:
             metadata = bucket.cascade
+        if kind.any_logprob and bucket.logprobs is None:
+            bucket.logprobs = make_logprob_tensors(
+                len(bucket.rows), self._batch.vocab_size, self._batch.device
+            )
         key = ("decode", len(bucket.rows), kind, bucket.shares)
         for _ in range(output.num_steps):
             self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
-        return bucket.rows[: len(scheduled)]
+        report = None
+        if kind.any_logprob and bucket.logprobs is not None:
+            report = captured_report(bucket.logprobs, scheduled)
+        return bucket.rows[: len(scheduled)], report
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs
@@ -101,9 +114,8 @@ class DecodeLoop:
         decode_inputs(state, bucket.rows, inputs, block_size=self._batch.block_size)
         hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, metadata)
         logits = self._model.compute_logits(hidden)
-        append_tokens(
-            state, bucket.rows, sample(logits, kind.tensors(inputs, inputs.next_positions))
-        )
+        params = kind.tensors(inputs, inputs.next_positions)
+        draw(logits, bucket.rows, params, kind, self._batch, bucket.logprobs)
 
     def _fill(self, bucket: _Bucket, scheduled: Sequence[ScheduledRequest]) -> None:
         """Send the rows, and what they share, unless they are the ones of the last time."""

@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import sys
@@ -24,40 +25,52 @@ from nbllm_kernels import release_threads
 logger = logging.getLogger(__name__)
 
 _SHORT_INTERVAL_S = 2e-4
+_HIGH_THRESHOLD = 50_000  # new objects
 
 T = TypeVar("T")
 _Command = Callable[[], None]
 
 
-class _SwitchInterval:
-    """How long Python lets a thread run before another one that waits gets its turn.
+class _BusyInterpreter:
+    """Settings of the interpreter while some engine of the process has something to do.
 
-    Every operator of PyTorch lets go of the interpreter's lock; to get it back from a cell that
-    computes in pure Python takes a whole interval, by default 5 ms, many times the operator itself.
-    The interval is short only while some engine of the process has something to do.
+    The switch interval is how long Python lets a thread run before another one that waits gets its
+    turn. Every operator of PyTorch lets go of the interpreter's lock; to get it back from a cell
+    that computes in pure Python takes a whole interval, by default 5 ms, many times the operator
+    itself.
+
+    The collector of cycles looks at all young objects whenever there are 700 more of them. A row is
+    some forty, none of them garbage before its end, so that this takes a seventh of the host's
+    time; it looks less often meanwhile.
     """
 
     _lock = threading.Lock()
     _num_busy = 0
-    _usual = 0.0
+    _usual_interval = 0.0
+    _usual_threshold = 0
 
     def __init__(self) -> None:
-        self._is_short = False
+        self._is_busy = False
 
-    def set(self, *, is_short: bool) -> None:
-        """Make it short for this engine, or don't."""
-        if is_short == self._is_short:
+    def set(self, *, is_busy: bool) -> None:
+        """Say whether this engine has something to do."""
+        if is_busy == self._is_busy:
             return
-        self._is_short = is_short
-        shared = _SwitchInterval
+        self._is_busy = is_busy
+        shared = _BusyInterpreter
         with shared._lock:
-            if is_short and shared._num_busy == 0:
-                shared._usual = sys.getswitchinterval()
-                sys.setswitchinterval(min(_SHORT_INTERVAL_S, shared._usual))
-            shared._num_busy += 1 if is_short else -1
-            # Unless somebody has set it in the meantime.
-            if shared._num_busy == 0 and sys.getswitchinterval() <= _SHORT_INTERVAL_S:
-                sys.setswitchinterval(shared._usual)
+            if is_busy and shared._num_busy == 0:
+                shared._usual_interval = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SHORT_INTERVAL_S, shared._usual_interval))
+                shared._usual_threshold, *others = gc.get_threshold()
+                if 0 < shared._usual_threshold < _HIGH_THRESHOLD:  # 0 is off
+                    gc.set_threshold(_HIGH_THRESHOLD, *others)
+            shared._num_busy += 1 if is_busy else -1
+            if shared._num_busy == 0:  # unless somebody has set them in the meantime
+                if sys.getswitchinterval() <= _SHORT_INTERVAL_S:
+                    sys.setswitchinterval(shared._usual_interval)
+                if gc.get_threshold()[0] == _HIGH_THRESHOLD:
+                    gc.set_threshold(shared._usual_threshold, *gc.get_threshold()[1:])
 
 
 class EngineThread:
@@ -168,11 +181,11 @@ class EngineThread:
     def _run(self) -> None:
         engine = self._engine
         assert engine is not None
-        interval = _SwitchInterval()
+        interpreter = _BusyInterpreter()
         try:
             while self._end is None:
                 try:
-                    interval.set(is_short=engine.has_requests)
+                    interpreter.set(is_busy=engine.has_requests)
                     if not engine.has_requests:
                         release_threads()
                     self._run_commands(wait=not engine.has_requests)
@@ -187,7 +200,7 @@ class EngineThread:
         except BaseException as error:
             self._end = error
         finally:
-            interval.set(is_short=False)
+            interpreter.set(is_busy=False)
             self._shut_down(engine)
 
     def _run_commands(self, *, wait: bool) -> None:

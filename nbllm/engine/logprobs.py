@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from nbllm.engine.request import MAX_DEVICE_LOGPROBS, Request
+from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.outputs import Logprob, PositionLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """What is reported of N rows, as tensors: it may still be on its way to the host.
+    """What can be reported of N rows.
 
     Attributes:
         token_ids: [N] int64, the token that is reported whatever its rank.
         logprobs: [N] float32, its log-probability.
         ranks: [N] int64, its rank, from 1 on.
-        top_ids, top_logprobs: [N, K] the most likely tokens, best first.
-        num_top: how many of them each row wants.
-        extra_logprobs, extra_ranks: [N, E] of further ids.
-        extra_ids: per row, those ids, reported instead of the most likely ones; None is none.
+        top_ids: [N, K] int64, the most likely tokens, best first.
+        top_logprobs: [N, K] float32.
+        extra_logprobs: [N, E] float32, of further ids.
+        extra_ranks: [N, E] int64.
     """
 
     token_ids: Tensor
@@ -30,81 +32,93 @@ class LogprobTensors:
     ranks: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
-    num_top: list[int]
     extra_logprobs: Tensor
     extra_ranks: Tensor
-    extra_ids: list[Sequence[int] | None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LogprobTensors:
         """The same with every tensor replaced."""
-        return replace(
-            self,
-            token_ids=function(self.token_ids),
-            logprobs=function(self.logprobs),
-            ranks=function(self.ranks),
-            top_ids=function(self.top_ids),
-            top_logprobs=function(self.top_logprobs),
-            extra_logprobs=function(self.extra_logprobs),
-            extra_ranks=function(self.extra_ranks),
-        )
+        return LogprobTensors(*(function(tensor) for tensor in self._tensors()))
+
+    def copy_(self, other: LogprobTensors) -> None:
+        """Overwrite all numbers."""
+        for tensor, source in zip(self._tensors(), other._tensors(), strict=True):
+            tensor.copy_(source)
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(slots=True)
+class LogprobReport:
+    """What is reported of some of the rows; the tensors may still be on their way to the host.
+
+    Attributes:
+        tensors: of the rows.
+        rows: those of them that are reported.
+        wanted: for each of these, how many of the most likely tokens (-1 is all), and further ids
+            that are reported instead of them, or None.
+    """
+
+    tensors: LogprobTensors
+    rows: Sequence[int]
+    wanted: Sequence[tuple[int, Sequence[int] | None]]
 
     def entries(self) -> list[PositionLogprobs]:
-        """One dict per row: the given token first, then by falling probability."""
-        top_ids, top_logprobs = self.top_ids.tolist(), self.top_logprobs.tolist()
-        extra_logprobs, extra_ranks = self.extra_logprobs.tolist(), self.extra_ranks.tolist()
-        chosen = zip(
-            self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), strict=True
+        """One dict per reported row: the given token first, then by falling probability."""
+        tensors = self.tensors
+        token_ids, logprobs, ranks = (
+            column.tolist() for column in (tensors.token_ids, tensors.logprobs, tensors.ranks)
         )
         result: list[PositionLogprobs] = []
-        for row, (token_id, logprob, rank) in enumerate(chosen):
-            entry: PositionLogprobs = {token_id: Logprob(logprob, rank)}
-            extra = self.extra_ids[row]
-            if extra is None:
-                for i in range(self.num_top[row]):
-                    entry.setdefault(top_ids[row][i], Logprob(top_logprobs[row][i], i + 1))
+        for row, (num_top, extra_ids) in zip(self.rows, self.wanted, strict=True):
+            entry: PositionLogprobs = {token_ids[row]: Logprob(logprobs[row], ranks[row])}
+            if extra_ids is not None:
+                others = zip(
+                    extra_ids,
+                    tensors.extra_logprobs[row].tolist(),
+                    tensors.extra_ranks[row].tolist(),
+                    strict=False,
+                )
             else:
-                for i, extra_id in enumerate(extra):
-                    logprob, rank = extra_logprobs[row][i], extra_ranks[row][i]
-                    entry.setdefault(extra_id, Logprob(logprob, rank))
+                top_ids = tensors.top_ids[row].tolist()
+                top_ids = top_ids if num_top == -1 else top_ids[:num_top]
+                others = zip(
+                    top_ids,
+                    tensors.top_logprobs[row].tolist(),
+                    range(1, len(top_ids) + 1),
+                    strict=False,
+                )
+            for token_id, logprob, rank in others:
+                entry.setdefault(token_id, Logprob(logprob, rank))
             result.append(entry)
         return result
 
 
+def wanted_logprobs(request: Request) -> tuple[int, Sequence[int] | None]:
+    """What a request reports of its tokens, as `LogprobReport.wanted` has it."""
+    params = request.sampling_params
+    return params.logprobs or 0, params.logprob_token_ids
+
+
 def gather_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    num_logprobs: Sequence[int],
-    extra_token_ids: Sequence[Sequence[int] | None] | None = None,
+    logits: Tensor, token_ids: Tensor, num_top: int, extra_ids: Tensor | None = None
 ) -> LogprobTensors:
-    """Report, per row, the given token and the most likely ones.
+    """Compute what can be reported of all rows; nothing waits for the device.
 
     Args:
-        logits: [N, vocab_size] float32, raw.
-        token_ids: [N] int64, the token to report whatever its rank.
-        num_logprobs: per row, how many of the most likely tokens to report; -1 is all.
-        extra_token_ids: per row, further ids to report instead of the most likely ones.
-
-    Returns:
-        tensors on the device of `logits`; nothing waits for it.
+        logits: [N, vocab_size], raw.
+        token_ids: [N] int64.
+        num_top: how many of the most likely tokens, at most all of them.
+        extra_ids: [N, E] int64, or None.
     """
-    vocab_size = logits.shape[-1]
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     chosen = logprobs.gather(1, token_ids[:, None])
-    extra_ids: list[Sequence[int] | None] = [None] * len(logits)
-    if extra_token_ids is not None:
-        extra_ids = list(extra_token_ids)
-    num_top = [vocab_size if k == -1 else min(k, vocab_size) for k in num_logprobs]
-    top = torch.topk(
-        logprobs,
-        max((k for k, extra in zip(num_top, extra_ids, strict=True) if extra is None), default=0),
-        dim=-1,
-    )
-    num_extra = max((len(extra) for extra in extra_ids if extra is not None), default=0)
-    padded = [[*(extra or ()), *[0] * (num_extra - len(extra or ()))] for extra in extra_ids]
-    index = torch.tensor(padded, dtype=torch.int64).view(len(logits), num_extra)
-    extra_logprobs = logprobs.gather(1, index.to(logits.device, non_blocking=True))
-    extra_ranks = torch.empty_like(extra_logprobs, dtype=torch.int64)
-    for column in range(num_extra):  # one at a time: a comparison with all ids for each of them
+    top = torch.topk(logprobs, min(num_top, logits.shape[-1]), dim=-1)
+    if extra_ids is None:
+        extra_ids = token_ids.new_empty(len(token_ids), 0)
+    extra_logprobs = logprobs.gather(1, extra_ids)
+    extra_ranks = torch.empty_like(extra_ids)
+    for column in range(extra_ids.shape[1]):  # one at a time: each is compared with all ids
         values = extra_logprobs[:, column, None]
         extra_ranks[:, column] = (logprobs > values).sum(dim=-1) + 1
     return LogprobTensors(
@@ -113,8 +127,52 @@ def gather_logprobs(
         ranks=(logprobs > chosen).sum(dim=-1) + 1,
         top_ids=top.indices,
         top_logprobs=top.values,
-        num_top=num_top,
         extra_logprobs=extra_logprobs,
         extra_ranks=extra_ranks,
-        extra_ids=extra_ids,
     )
+
+
+def report_logprobs(
+    logits: Tensor, token_ids: Tensor, wanted: Sequence[tuple[int, Sequence[int] | None]]
+) -> LogprobReport:
+    """Report of every row what it wants.
+
+    Args:
+        logits: [N, vocab_size], raw.
+        token_ids: [N] int64, the token to report whatever its rank.
+        wanted: one per row, as in `LogprobReport`.
+    """
+    vocab_size = logits.shape[-1]
+    tops = [vocab_size if num_top == -1 else num_top for num_top, extra in wanted if extra is None]
+    extras = [list(extra or ()) for _, extra in wanted]
+    width = max(map(len, extras), default=0)
+    extra_ids = torch.tensor(
+        [ids + [0] * (width - len(ids)) for ids in extras], dtype=torch.int64, device=logits.device
+    ).view(len(wanted), width)
+    tensors = gather_logprobs(logits, token_ids, max(tops, default=0), extra_ids)
+    return LogprobReport(tensors, range(len(wanted)), wanted)
+
+
+def make_logprob_tensors(num_rows: int, vocab_size: int, device: torch.device) -> LogprobTensors:
+    """Where a captured step leaves what it reports: always `MAX_DEVICE_LOGPROBS` of each row."""
+    num_top = min(MAX_DEVICE_LOGPROBS, vocab_size)
+
+    def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros((num_rows, *shape), dtype=dtype, device=device)
+
+    return LogprobTensors(
+        token_ids=zeros(torch.int64),
+        logprobs=zeros(torch.float32),
+        ranks=zeros(torch.int64),
+        top_ids=zeros(torch.int64, num_top),
+        top_logprobs=zeros(torch.float32, num_top),
+        extra_logprobs=zeros(torch.float32, 0),
+        extra_ranks=zeros(torch.int64, 0),
+    )
+
+
+def captured_report(tensors: LogprobTensors, sampled: Sequence[ScheduledRequest]) -> LogprobReport:
+    """What a captured step reports of its first rows, before the next one overwrites it."""
+    rows = [row for row, item in enumerate(sampled) if item.request.reports_logprobs]
+    wanted = [wanted_logprobs(sampled[row].request) for row in rows]
+    return LogprobReport(tensors.map(Tensor.clone), rows, wanted)

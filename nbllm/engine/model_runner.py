@@ -20,15 +20,15 @@ from nbllm.engine.batch import RING, Batch, StepInput
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
-from nbllm.engine.logprobs import LogprobTensors, gather_logprobs
+from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
 from nbllm.engine.prompt_graphs import PromptGraphs
 from nbllm.engine.request import Request
-from nbllm.engine.sampler import Sampler, find_dead_ends
+from nbllm.engine.sampler import SamplingKind, draw, find_dead_ends, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.errors import RequestFailedError
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
-from nbllm_kernels import BAD_LOGITS, append_tokens
+from nbllm_kernels import BAD_LOGITS
 
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 
@@ -65,7 +65,7 @@ class PendingStep:
         sampled: the requests that it samples for.
         generated: [len(sampled), RING] int64, their rows of `DecodeState.generated` after the
             step; on its way to the host until `event`, as the next is.
-        logprobs: of those of `sampled` that want them, in order.
+        logprobs: of those of `sampled` that report them, in order.
         event: None where nothing runs behind the host's back.
         result_so_far: what is known of the result already.
     """
@@ -73,7 +73,7 @@ class PendingStep:
     output: SchedulerOutput
     sampled: Sequence[ScheduledRequest]
     generated: Tensor
-    logprobs: LogprobTensors | None
+    logprobs: LogprobReport | None
     event: torch.cuda.Event | None
     result_so_far: StepOutput
 
@@ -90,7 +90,8 @@ class PendingStep:
         entries = entries - BAD_LOGITS  # from zero on, so that the halves don't borrow
         counts = (entries >> 32 == positions).sum(axis=1).tolist()
         tokens = ((entries & 0xFFFF_FFFF) + BAD_LOGITS).tolist()
-        for (request, *_), row, count in zip(self.sampled, tokens, counts, strict=True):
+        for item, row, count in zip(self.sampled, tokens, counts, strict=True):
+            request = item.request
             if request in result.failed:
                 continue
             if count and row[count - 1] == BAD_LOGITS:
@@ -101,7 +102,7 @@ class PendingStep:
             else:
                 result.sampled[request] = row[:count]
         if self.logprobs is not None:
-            requests = [self.sampled[row].request for row in _rows_with_logprobs(self.sampled)]
+            requests = [i.request for i in self.sampled if i.request.reports_logprobs]
             result.logprobs.update(zip(requests, self.logprobs.entries(), strict=True))
         return result
 
@@ -138,7 +139,6 @@ class ModelRunner:
         self.device = device
         self.vocab_size = model_config.vocab_size
         self.kv_caches = allocate_kv_caches(config, model_config, device=device, dtype=dtype)
-        self.sampler = Sampler()
         self.batch = Batch(
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -169,13 +169,12 @@ class ModelRunner:
         with self._on_stream():
             self.batch.update([item.request for item in output.scheduled])
             result = StepOutput()
-            logprobs: LogprobTensors | None = None
-            if output.only_decodes and not output.shapes_logits:
+            if self._runs_on_device(output) and output.only_decodes:
                 sampled: Sequence[ScheduledRequest] = output.scheduled
-                rows = self.decode_loop.run(output)
+                rows, logprobs = self.decode_loop.run(output)
             else:
-                if self.prompt_graphs.can_run(output):
-                    step = self.prompt_graphs.run(output)
+                if self._runs_on_device(output) and self.prompt_graphs.can_run(output):
+                    step, logprobs = self.prompt_graphs.run(output)
                 else:
                     step = self.batch.prepare(output)
                     logprobs = self._run_eagerly(step, output, result)
@@ -189,9 +188,17 @@ class ModelRunner:
         if self._stream is not None:
             self._stream.synchronize()
 
+    def _runs_on_device(self, output: SchedulerOutput) -> bool:
+        """True if the host need not put tensors together to sample.
+
+        Captured steps score all rows where some report log-probabilities; without capture it is
+        better to score those alone.
+        """
+        return not output.shapes_logits and (self.graphs.is_enabled or not output.reports_logprobs)
+
     def _run_eagerly(
         self, step: StepInput, output: SchedulerOutput, result: StepOutput
-    ) -> LogprobTensors | None:
+    ) -> LogprobReport | None:
         """A step of any kind; returns what is reported of the sampled tokens."""
         buffers = step.buffers
         if output.num_decodes:
@@ -213,7 +220,7 @@ class ModelRunner:
         with torch.cuda.stream(self._copy_stream):
             step.generated = _to_host(step.generated)
             if step.logprobs is not None:
-                step.logprobs = step.logprobs.map(_to_host)
+                step.logprobs.tensors = step.logprobs.tensors.map(_to_host)
             step.event = torch.cuda.Event()
             step.event.record()
         return step
@@ -254,24 +261,21 @@ class ModelRunner:
                 for block in blocks:
                     kv_cache[:, block].zero_()
 
-    def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> LogprobTensors | None:
+    def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> LogprobReport | None:
+        sampled, rows = step.sampled, step.sampled_rows
         logits = self.model.compute_logits(hidden[step.buffers["logits_indices"]]).float()
-        rows = _rows_with_logprobs(step.sampled)
-        index = torch.tensor(rows, device=self.device)
-        raw = logits[index] if rows else None  # a copy: the sampler overwrites
-        token_ids = self.sampler(logits, step, self.batch)
-        append_tokens(self.batch.state, step.sampled_rows, token_ids)
-        self.batch.count_tokens(step, token_ids)
-        result.failed.update(find_dead_ends(step.sampled))
+        reporting = [row for row, item in enumerate(sampled) if item.request.reports_logprobs]
+        index = torch.tensor(reporting, device=self.device)
+        raw = logits[index] if reporting else None  # a copy, before the host has its word
+        restrict(logits, sampled)
+        kind, state = SamplingKind.of(sampled), self.batch.state
+        positions = state.num_tokens[rows].to(torch.int64)
+        token_ids = draw(logits, rows, kind.tensors(state, positions, rows), kind, self.batch)
+        result.failed.update(find_dead_ends(sampled))
         if raw is None:
             return None
-        params = [step.sampled[row].request.sampling_params for row in rows]
-        return gather_logprobs(
-            raw,
-            token_ids[index].clamp(min=0),
-            [p.logprobs or 0 for p in params],
-            [p.logprob_token_ids for p in params],
-        )
+        wanted = [wanted_logprobs(sampled[row].request) for row in reporting]
+        return report_logprobs(raw, token_ids[index].clamp(min=0), wanted)
 
     def _score_prompts(self, hidden: Tensor, output: SchedulerOutput, result: StepOutput) -> None:
         """Log-probabilities of the prompt tokens that follow the ones computed in this step."""
@@ -290,8 +294,8 @@ class ModelRunner:
                 rows = hidden[begin + first - start : begin + last - start]
                 targets = torch.tensor(request.token_ids[first + 1 : last + 1], device=self.device)
                 logits = self.model.compute_logits(rows).float()
-                scores = gather_logprobs(logits, targets, [num_wanted] * (last - first))
-                entries += scores.entries()  # now: of a long prompt they would be too many
+                report = report_logprobs(logits, targets, [(num_wanted, None)] * (last - first))
+                entries += report.entries()  # now: of a long prompt they would be too many
             result.prompt_logprobs[request] = entries
 
 

@@ -16,11 +16,17 @@ from torch import Tensor
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import make_decode_inputs
-from nbllm.engine.sampler import SamplingKind
+from nbllm.engine.logprobs import (
+    LogprobReport,
+    LogprobTensors,
+    captured_report,
+    make_logprob_tensors,
+)
+from nbllm.engine.sampler import SamplingKind, draw
 from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
-from nbllm_kernels import AttentionMetadata, DecodeInputs, append_tokens, decode_inputs, sample
+from nbllm_kernels import AttentionMetadata, DecodeInputs, decode_inputs
 
 _MIN_TOKENS = 16
 _TOKENS = 512  # multiples of it are sizes, and powers of two below
@@ -49,6 +55,7 @@ class _Bucket:
     buffers: StepBuffers
     metadata: AttentionMetadata
     inputs: DecodeInputs
+    logprobs: LogprobTensors | None = None
 
 
 class PromptGraphs:
@@ -78,16 +85,27 @@ class PromptGraphs:
             and all(i.request.sampling_params.prompt_logprobs is None for i in output.scheduled)
         )
 
-    def run(self, output: SchedulerOutput) -> StepInput:
-        """Enqueue a step; results go to `DecodeState.generated`."""
+    def run(self, output: SchedulerOutput) -> tuple[StepInput, LogprobReport | None]:
+        """Enqueue a step; results go to `DecodeState.generated`.
+
+        Returns:
+            the step, and what is reported of its tokens.
+        """
         size = self._size(output)
         if size not in self._buckets:
             self._buckets[size] = self._make_bucket(size)
         bucket = self._buckets[size]
         step = self._batch.prepare(output, bucket.buffers, size.num_decodes)
-        kind = SamplingKind.of([item.request for item in step.sampled])
+        kind = SamplingKind.of(step.sampled)
+        if kind.any_logprob and bucket.logprobs is None:
+            bucket.logprobs = make_logprob_tensors(
+                len(bucket.inputs.seeds), self._batch.vocab_size, self._batch.device
+            )
         self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
-        return step
+        report = None
+        if kind.any_logprob and bucket.logprobs is not None:
+            report = captured_report(bucket.logprobs, step.sampled)
+        return step, report
 
     def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state
@@ -99,9 +117,8 @@ class PromptGraphs:
         rows = buffers["sampled_rows"]
         decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
         logits = self._model.compute_logits(hidden[buffers["logits_indices"]])
-        append_tokens(
-            state, rows, sample(logits, kind.tensors(bucket.inputs, bucket.inputs.next_positions))
-        )
+        params = kind.tensors(bucket.inputs, bucket.inputs.next_positions)
+        draw(logits, rows, params, kind, self._batch, bucket.logprobs)
 
     def _size(self, output: SchedulerOutput) -> _Size:
         num_decodes = self._num_seqs(output.num_decodes)

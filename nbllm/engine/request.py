@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from nbllm.outputs import PositionLogprobs, RequestMetrics
 from nbllm.sampling_params import SamplingParams
 
+MAX_DEVICE_LOGPROBS = 20
+"""Most likely tokens that a captured step reports; a request that wants more is served without."""
+
 MAX_STOP_IDS = 8
 """Token ids for which the device looks; a request with more of them is ended by the host alone."""
 
@@ -74,6 +77,7 @@ class Request:
         streaming: whether the reader wants to hear of every token or only of the end.
         stop_ids: token ids that end the text, `min_tokens` permitting.
         has_penalties: whether the tokens of the sequence so far change the logits.
+        reports_logprobs: whether more is reported of its tokens than their ids.
         num_computed_tokens: tokens whose keys and values are in the cache once all enqueued steps
             have run.
         num_output_placeholders: tokens that enqueued steps sample; an end that only their values
@@ -98,6 +102,7 @@ class Request:
     streaming: bool = False
     stop_ids: list[int] = field(init=False)
     has_penalties: bool = field(init=False)
+    reports_logprobs: bool = field(init=False)
     _always_shapes_logits: bool = field(init=False)
 
     status: RequestStatus = RequestStatus.WAITING
@@ -125,9 +130,10 @@ class Request:
             or params.frequency_penalty != 0.0
             or params.repetition_penalty != 1.0
         )
+        num_logprobs = params.logprobs or 0
+        self.reports_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
         self._always_shapes_logits = (
-            self.has_penalties
-            or params.logprobs is not None
+            not 0 <= num_logprobs <= MAX_DEVICE_LOGPROBS
             or params.logprob_token_ids is not None
             or params.allowed_token_ids is not None
             or bool(params.logit_bias)
@@ -190,8 +196,8 @@ class Request:
 
     @property
     def shapes_logits(self) -> bool:
-        """True if the next token depends on more than the model's logits and the filters, or more
-        is reported of it than its id: the step can't run on the device alone."""
+        """True if the host has a word in which token is next, or a report of it is wanted that only
+        the host can ask for: the step can't run on the device alone."""
         num_output_tokens = self.num_booked_tokens - self.num_prompt_tokens
         return self._always_shapes_logits or num_output_tokens < self.sampling_params.min_tokens
 
@@ -241,15 +247,26 @@ class Request:
         self.metrics.finished_time = time.monotonic()
         self.status = RequestStatus.FINISHED  # last: a reader in another thread finds it complete
 
-    def append(self, token_id: int) -> None:
-        """Take one sampled token and finish if it ends the text.
+    def extend(self, token_ids: list[int]) -> None:
+        """Take sampled tokens, up to the first that ends the text.
 
         Token ids are checked here; stop strings by `stop_checker`, which sees text.
         """
-        self.token_ids.append(token_id)
-        if not self.metrics.first_token_time:
+        if token_ids and not self.metrics.first_token_time:
             self.metrics.first_token_time = time.monotonic()
-        params = self.sampling_params
+        if self.ends_on_host or self.num_output_tokens < self.sampling_params.min_tokens:
+            for token_id in token_ids:
+                self.token_ids.append(token_id)
+                self._check_end()
+                if self.is_finished:
+                    return
+        elif token_ids:  # the device stopped by the same rules: only the last can be an end
+            self.token_ids += token_ids
+            self._check_end()
+
+    def _check_end(self) -> None:
+        """Finish if the last token ends the text."""
+        token_id, params = self.token_ids[-1], self.sampling_params
         stop_string = self.stop_checker([token_id]) if self.stop_checker is not None else None
         if self.num_output_tokens >= params.min_tokens:
             if token_id in self.eos_token_ids:

@@ -1,4 +1,19 @@
-"""Sampler: from the logits of a step to one token per row."""
+"""Sampler: from the logits of a step to one token per row.
+
+The order of operations, each only for the rows that ask for it (vLLM's order):
+
+1. `allowed_token_ids`: all others are forbidden.
+2. `bad_words`: an id that would complete one is forbidden.
+3. `min_tokens`: end-of-sequence and stop ids are forbidden until then.
+4. `logit_bias` is added.
+5. Repetition penalty over prompt and output, then frequency and presence penalties over the output.
+6. Temperature, min-p, top-k, top-p, and the draw: `nbllm_kernels.sample`.
+
+Forbidden means a logit of minus infinity. The first four come from the host (`restrict`); the rest
+needs nothing but tables on the device (`draw`), so a captured step can hold it. The draw is
+stateless: its noise is a function of (seed, position, token id), so a row's token does not depend
+on its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +23,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nbllm.engine.batch import FREQUENCY, PRESENCE, REPETITION, Batch, StepInput
+from nbllm.engine.batch import Batch
+from nbllm.engine.logprobs import LogprobTensors, gather_logprobs
 from nbllm.engine.request import Request
 from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.errors import RequestFailedError
-from nbllm_kernels import DecodeInputs, DecodeState, SamplingTensors, sample
+from nbllm_kernels import (
+    DecodeInputs,
+    DecodeState,
+    SamplingTensors,
+    append_tokens,
+    apply_penalties,
+    count_tokens,
+    sample,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingKind:
-    """What of the sampler a batch needs; as in `SamplingTensors`."""
+    """What of the sampler a batch needs.
+
+    Attributes:
+        all_greedy, any_filter: as in `SamplingTensors`.
+        any_penalty: some row's logits depend on the tokens so far.
+        any_logprob: some row reports log-probabilities.
+    """
 
     all_greedy: bool
     any_filter: bool
+    any_penalty: bool
+    any_logprob: bool
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> SamplingKind:
-        """The least that serves all of `requests`."""
+    def of(cls, scheduled: Sequence[ScheduledRequest]) -> SamplingKind:
+        """The least that serves all of `scheduled`."""
+        requests = [item.request for item in scheduled]
         params = [request.sampling_params for request in requests]
         return cls(
             all_greedy=all(p.temperature == 0.0 for p in params),
@@ -32,6 +65,8 @@ class SamplingKind:
                 p.temperature != 0.0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
                 for p in params
             ),
+            any_penalty=any(request.has_penalties for request in requests),
+            any_logprob=any(request.reports_logprobs for request in requests),
         )
 
     def tensors(
@@ -60,89 +95,37 @@ class SamplingKind:
         )
 
 
-class Sampler:
-    """Samples the next token of every row.
-
-    The order of operations, each only for the rows that ask for it (vLLM's order):
-
-    1. `allowed_token_ids`: all others are forbidden.
-    2. `bad_words`: an id that would complete one is forbidden.
-    3. `min_tokens`: end-of-sequence and stop ids are forbidden until then.
-    4. `logit_bias` is added.
-    5. Repetition penalty (Keskar et al. 2019, arXiv:1909.05858, section 4.1) over prompt and
-       output, then frequency and presence penalties over the output.
-    6. Temperature, min-p, top-k, top-p, and the draw: `nbllm_kernels.sample`.
-
-    Forbidden means a logit of minus infinity. The draw is stateless: its noise is a function of
-    (seed, position, token id), so a row's token does not depend on its neighbours.
-    """
-
-    def __call__(self, logits: Tensor, step: StepInput, batch: Batch) -> Tensor:
-        """Sample one token per row.
-
-        Args:
-            logits: [num_sampled, vocab_size] float32; overwritten.
-            step: the step that computed them.
-            batch: the tables.
-
-        Returns:
-            [num_sampled] int64 token ids; -1 as in `nbllm_kernels.sample`.
-        """
-        requests = [item.request for item in step.sampled]
-        restrict(logits, step.sampled)
-        penalized = [i for i, r in enumerate(requests) if r.has_penalties]
-        if penalized:
-            self._apply_penalties(logits, step, batch, penalized)
-        state, rows = batch.state, step.sampled_rows
-        positions = state.num_tokens[rows].to(torch.int64)
-        return sample(logits, SamplingKind.of(requests).tensors(state, positions, rows))
-
-    def _apply_penalties(
-        self, logits: Tensor, step: StepInput, batch: Batch, penalized: list[int]
-    ) -> None:
-        assert batch.prompt_mask is not None
-        assert batch.output_counts is not None
-        index = torch.tensor(penalized, device=logits.device)
-        rows = step.sampled_rows[index]
-        penalties = batch.penalties[rows]
-        logits[index] = apply_penalties(
-            logits[index],
-            batch.prompt_mask[rows],
-            batch.output_counts[rows],
-            repetition=penalties[:, REPETITION],
-            frequency=penalties[:, FREQUENCY],
-            presence=penalties[:, PRESENCE],
-        )
-
-
-def apply_penalties(
+def draw(
     logits: Tensor,
-    prompt_mask: Tensor,
-    output_counts: Tensor,
-    *,
-    repetition: Tensor,
-    frequency: Tensor,
-    presence: Tensor,
+    rows: Tensor,
+    params: SamplingTensors,
+    kind: SamplingKind,
+    batch: Batch,
+    report: LogprobTensors | None = None,
 ) -> Tensor:
-    """Lower the logits of ids that occurred already.
+    """Steps 5 and 6: sample one token per row and give it to its sequence.
 
     Args:
-        logits: [N, vocab_size] float32.
-        prompt_mask: [N, vocab_size] bool, ids that stand in the prompt.
-        output_counts: [N, vocab_size] int32, how often each id was generated.
-        repetition: [N] float32, > 0; divides positive logits, multiplies negative ones.
-        frequency: [N] float32, subtracted once per occurrence in the output.
-        presence: [N] float32, subtracted once if the id occurs in the output.
+        logits: [N, vocab_size]; left as they are.
+        rows: [N] int64, rows of the batch's tables.
+        params: how.
+        kind: what of it.
+        batch: the tables.
+        report: filled with what can be reported of the tokens, if some row wants that.
 
     Returns:
-        [N, vocab_size] float32.
+        [N] int64 token ids; -1 as in `nbllm_kernels.sample`.
     """
-    seen = prompt_mask | (output_counts > 0)
-    factor = repetition[:, None]
-    repeated = torch.where(logits > 0, logits / factor, logits * factor)
-    logits = torch.where(seen, repeated, logits)
-    logits = logits - frequency[:, None] * output_counts
-    return logits - presence[:, None] * (output_counts > 0)
+    if not kind.any_penalty:
+        token_ids = sample(logits, params)
+    else:
+        token_ids = sample(apply_penalties(logits, rows, batch.penalties), params)
+        count_tokens(batch.penalties, rows, token_ids)
+    append_tokens(batch.state, rows, token_ids)
+    if kind.any_logprob and report is not None:
+        num_top = report.top_ids.shape[1]
+        report.copy_(gather_logprobs(logits, token_ids.clamp(min=0), num_top))
+    return token_ids
 
 
 def restrict(logits: Tensor, sampled: Sequence[ScheduledRequest]) -> None:

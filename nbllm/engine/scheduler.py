@@ -116,10 +116,7 @@ class Scheduler:
             tokens = sampled.get(request, [])
             request.num_output_placeholders -= item.num_sampled_tokens
             try:
-                for token in tokens:
-                    request.append(token)
-                    if request.is_finished:
-                        break
+                request.extend(tokens)
             except Exception as error:  # a stop checker that fails concerns its request only
                 self.finish(request, FinishReason.ERROR, error)
                 continue
@@ -210,7 +207,7 @@ class Scheduler:
             how many steps, at least one: for that they have pages already.
         """
         num_steps = max_steps
-        if any(request.ends_on_host or request.shapes_logits for request in requests):
+        if any(r.ends_on_host or r.shapes_logits or r.reports_logprobs for r in requests):
             num_steps = 1
         if self._num_waiting:  # the first place that becomes free is somebody's
             remaining = min(r.max_num_tokens - r.num_booked_tokens for r in requests)

@@ -62,6 +62,11 @@ class SchedulerOutput:
         return any(item.shapes_logits for item in self.scheduled)
 
     @property
+    def reports_logprobs(self) -> bool:
+        """True if more is reported of some token than its id."""
+        return any(item.request.reports_logprobs for item in self.scheduled)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the step computes, each time that it is run."""
         return sum(item.num_scheduled_tokens for item in self.scheduled)

@@ -36,7 +36,9 @@ def make_jobs(
             top_p=rng.choice([1.0, 0.9]),
             stop_token_ids=rng.sample(range(500), rng.choice([0, 5, 60])),
             min_tokens=0 if on_device else rng.choice([0, 0, 3]),
-            presence_penalty=0.0 if on_device else rng.choice([0.0, 0.0, 0.0, 0.5]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.3]),
+            logprobs=rng.choice([None, None, None, 0, 3]),
             ignore_eos=True,
         )
         max_tokens = rng.randrange(1, 40)
@@ -51,8 +53,11 @@ def run(engine: Engine) -> None:
         engine.step()
 
 
-def outcomes(requests: list[Request]) -> list[tuple[list[int], FinishReason | None, Any]]:
-    return [(r.output_token_ids, r.finish_reason, r.stop_reason) for r in requests]
+def outcomes(requests: list[Request]) -> list[tuple[Any, ...]]:
+    return [
+        (r.output_token_ids, r.finish_reason, r.stop_reason, [list(x) for x in r.logprobs])
+        for r in requests
+    ]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from nbllm import EngineClosedError, EngineDeadError
 from nbllm.engine.engine import Engine
-from nbllm.engine.engine_thread import EngineThread, _SwitchInterval
+from nbllm.engine.engine_thread import EngineThread, _BusyInterpreter
 from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.request_stream import RequestStream
 
@@ -146,34 +147,55 @@ def test_many_threads_submit_and_abort_at_once(
     assert thread.call(lambda engine: engine.metrics())["num_requests_running"] == 0
 
 
-def test_the_switch_interval_is_short_while_some_engine_works_and_no_longer() -> None:
-    usual = sys.getswitchinterval()
-    first, second = _SwitchInterval(), _SwitchInterval()
-    for engine, is_short in ((first, True), (second, True), (first, False), (second, False)):
-        assert (sys.getswitchinterval() < usual) == (engine is not first or not is_short)
-        engine.set(is_short=is_short)
-        engine.set(is_short=is_short)  # said twice, counted once
-    assert sys.getswitchinterval() == usual
+def interpreter() -> tuple[float, tuple[int, ...]]:
+    return sys.getswitchinterval(), gc.get_threshold()
 
 
-def test_an_interval_that_the_user_has_set_meanwhile_stays() -> None:
-    usual = sys.getswitchinterval()
-    engine = _SwitchInterval()
-    engine.set(is_short=True)
+def test_the_interpreter_switches_fast_and_collects_late_while_some_engine_works() -> None:
+    usual = interpreter()
+    first, second = _BusyInterpreter(), _BusyInterpreter()
+    for engine, is_busy in ((first, True), (second, True), (first, False), (second, False)):
+        was_busy = engine is not first or not is_busy
+        assert (sys.getswitchinterval() < usual[0]) == was_busy
+        assert (gc.get_threshold() > usual[1]) == was_busy
+        engine.set(is_busy=is_busy)
+        engine.set(is_busy=is_busy)  # said twice, counted once
+    assert interpreter() == usual
+
+
+def test_what_the_user_has_set_meanwhile_stays() -> None:
+    usual = interpreter()
+    engine = _BusyInterpreter()
+    engine.set(is_busy=True)
     sys.setswitchinterval(0.01)
-    engine.set(is_short=False)
+    gc.set_threshold(900, 8, 7)
+    engine.set(is_busy=False)
     try:
-        assert sys.getswitchinterval() == 0.01
+        assert interpreter() == (0.01, (900, 8, 7))
     finally:
-        sys.setswitchinterval(usual)
+        sys.setswitchinterval(usual[0])
+        gc.set_threshold(*usual[1])
 
 
-def test_an_engine_that_is_done_leaves_the_switch_interval_as_it_was(
+def test_a_collector_that_is_off_stays_off() -> None:
+    usual = gc.get_threshold()
+    gc.set_threshold(0)
+    engine = _BusyInterpreter()
+    try:
+        engine.set(is_busy=True)
+        assert gc.get_threshold()[0] == 0
+        engine.set(is_busy=False)
+        assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_an_engine_that_is_done_leaves_the_interpreter_as_it_was(
     thread: EngineThread, make_request: MakeRequest
 ) -> None:
-    usual = sys.getswitchinterval()
+    usual = interpreter()
     request, stream = make_request([1, 2, 3]), RequestStream()
     thread.submit([request], stream)
     read_all(stream, request)
     thread.close()
-    assert sys.getswitchinterval() == usual
+    assert interpreter() == usual

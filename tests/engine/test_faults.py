@@ -111,7 +111,7 @@ def test_two_hundred_errors_at_random_operations(
 
 @pytest.mark.parametrize(
     "place",
-    ["scheduler.schedule", "scheduler.advance", "runner.batch.prepare", "runner.sampler"],
+    ["scheduler.schedule", "scheduler.advance", "runner.batch.prepare", "runner._sample"],
 )
 def test_an_error_in_any_part_of_a_step_leaves_the_engine_usable(
     make_engine: MakeEngine,
@@ -226,7 +226,7 @@ def run_without_memory(
 ) -> list[Request]:
     """Requests of all kinds, in an engine as good as new, until the step with the fault is over."""
     engine.block_manager.drop_cached_prefixes()
-    engine.runner.batch.output_counts = engine.runner.batch.prompt_mask = None
+    engine.runner.batch._penalties = None
     requests = requests_of_all_kinds(make_request)
     for request in requests:
         engine.add(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbllm.engine.logprobs import gather_logprobs
+from nbllm.engine.logprobs import report_logprobs
 
 
 @pytest.fixture
@@ -16,8 +16,9 @@ def logits() -> torch.Tensor:
 def test_the_chosen_token_comes_first_then_the_most_likely(logits: torch.Tensor) -> None:
     chosen = torch.tensor([3, 0, 39, 7, 7])
     counts = [0, 1, 5, -1, 100]
+    wanted = [(count, None) for count in counts]
     exact = torch.log_softmax(logits.double(), dim=-1)
-    for row, entry in enumerate(gather_logprobs(logits, chosen, counts).entries()):
+    for row, entry in enumerate(report_logprobs(logits, chosen, wanted).entries()):
         order = exact[row].argsort(descending=True).tolist()
         count = 40 if counts[row] in (-1, 100) else counts[row]
         token = int(chosen[row])
@@ -32,8 +33,8 @@ def test_the_chosen_token_comes_first_then_the_most_likely(logits: torch.Tensor)
 
 def test_named_tokens_replace_the_most_likely_ones(logits: torch.Tensor) -> None:
     chosen = torch.tensor([1, 2, 3, 4, 5])
-    extra = [None, [], [9], [4, 0], [39, 38, 37]]
-    entries = gather_logprobs(logits, chosen, [2, 3, 1, 2, 3], extra).entries()
+    wanted = [(2, None), (3, []), (1, [9]), (2, [4, 0]), (3, [39, 38, 37])]
+    entries = report_logprobs(logits, chosen, wanted).entries()
     assert len(entries[0]) in (2, 3)
     assert [set(entry) for entry in entries[1:]] == [{2}, {3, 9}, {4, 0}, {5, 39, 38, 37}]
     exact = torch.log_softmax(logits.double(), dim=-1)
@@ -47,5 +48,5 @@ def test_named_tokens_replace_the_most_likely_ones(logits: torch.Tensor) -> None
 
 
 def test_equal_logits_share_the_best_rank() -> None:
-    (entry,) = gather_logprobs(torch.zeros(1, 6), torch.tensor([4]), [0]).entries()
+    (entry,) = report_logprobs(torch.zeros(1, 6), torch.tensor([4]), [(0, None)]).entries()
     assert entry[4].rank == 1

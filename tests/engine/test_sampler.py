@@ -13,7 +13,7 @@ from scipy import stats
 from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.request import Request
-from nbllm.engine.sampler import Sampler, find_dead_ends, forbidden_ids
+from nbllm.engine.sampler import SamplingKind, draw, find_dead_ends, forbidden_ids, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm_kernels import SamplingTensors, sample
@@ -60,9 +60,17 @@ def make_batch(rows: list[tuple[SamplingParams, int]], **fields: Any) -> tuple[B
     return batch, step
 
 
+def sample_tokens(logits: torch.Tensor, step: StepInput, batch: Batch) -> torch.Tensor:
+    """All that happens to logits, in the order of a step."""
+    restrict(logits, step.sampled)
+    kind, rows = SamplingKind.of(step.sampled), step.sampled_rows
+    params = kind.tensors(batch.state, batch.state.num_tokens[rows].to(torch.int64), rows)
+    return draw(logits, rows, params, kind, batch)
+
+
 def sample_counts(params: SamplingParams, **fields: Any) -> np.ndarray:
     batch, step = make_batch([(params, seed) for seed in range(NUM_ROWS)], **fields)
-    tokens = Sampler()(torch.tensor([LOGITS] * NUM_ROWS), step, batch)
+    tokens = sample_tokens(torch.tensor([LOGITS] * NUM_ROWS), step, batch)
     return np.bincount(tokens.numpy(), minlength=VOCAB_SIZE)
 
 
@@ -224,7 +232,7 @@ def test_positions_are_as_independent_as_seeds() -> None:
     params = SamplingParams(temperature=1.3)
     batch, step = make_batch([(params, 5)] * NUM_ROWS)
     batch.state.num_tokens[step.sampled_rows] = torch.arange(NUM_ROWS, dtype=torch.int32)
-    tokens = Sampler()(torch.tensor([LOGITS] * NUM_ROWS), step, batch)
+    tokens = sample_tokens(torch.tensor([LOGITS] * NUM_ROWS), step, batch)
     counts = np.bincount(tokens.numpy(), minlength=VOCAB_SIZE)
     assert_distributed(counts, exact_probabilities(params, []))
     # Neighbouring positions know nothing of each other.
@@ -237,10 +245,10 @@ def test_positions_are_as_independent_as_seeds() -> None:
 def test_a_row_is_sampled_the_same_whoever_its_neighbours_are() -> None:
     rows = [(SamplingParams(**options), seed) for seed, options in enumerate(OPTIONS.values())]
     batch, step = make_batch(rows, bad_words_token_ids=BAD_WORDS)
-    together = Sampler()(torch.tensor([LOGITS] * len(rows)), step, batch).tolist()
+    together = sample_tokens(torch.tensor([LOGITS] * len(rows)), step, batch).tolist()
     for row, token in zip(rows, together, strict=True):
         batch, step = make_batch([row], bad_words_token_ids=BAD_WORDS)
-        assert Sampler()(torch.tensor([LOGITS]), step, batch).tolist() == [token]
+        assert sample_tokens(torch.tensor([LOGITS]), step, batch).tolist() == [token]
 
 
 def test_greedy_rows_take_the_best_token_after_restrictions_and_penalties() -> None:
@@ -252,13 +260,13 @@ def test_greedy_rows_take_the_best_token_after_restrictions_and_penalties() -> N
         ({"presence_penalty": 2.0, "logit_bias": {7: -3.0, 3: 1.0}}, 0),
     ):
         batch, step = make_batch([(SamplingParams(temperature=0, **options), 0)])
-        assert Sampler()(torch.tensor([LOGITS]), step, batch).tolist() == [best], options
+        assert sample_tokens(torch.tensor([LOGITS]), step, batch).tolist() == [best], options
 
 
 def test_equal_logits_are_drawn_equally_often() -> None:
     params = SamplingParams(top_p=0.999)
     batch, step = make_batch([(params, seed) for seed in range(NUM_ROWS)])
-    tokens = Sampler()(torch.zeros(NUM_ROWS, VOCAB_SIZE), step, batch)
+    tokens = sample_tokens(torch.zeros(NUM_ROWS, VOCAB_SIZE), step, batch)
     counts = np.bincount(tokens.numpy(), minlength=VOCAB_SIZE)
     assert stats.chisquare(counts).pvalue > 1e-3
 
