@@ -13,7 +13,7 @@ first, so a prefix always outlives what follows it.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from nbllm.engine.request import Request
@@ -47,9 +47,9 @@ class BlockManager:
         self._prefix_ids: list[int | None] = [None] * self.num_blocks
         self._keys: list[_PrefixKey | None] = [None] * self.num_blocks
         self._index: dict[_PrefixKey, int] = {}
-        # Insertion order is the order of reuse; removal from the middle is O(1).
-        self._empty: dict[int, None] = dict.fromkeys(range(1, self.num_blocks))
-        self._cached: dict[int, None] = {}
+        self._empty = list(range(self.num_blocks - 1, 0, -1))
+        # The order of reuse. A plain dict finds its first key by passing over all deleted ones.
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free_blocks(self) -> int:
@@ -156,8 +156,12 @@ class BlockManager:
         while request.block_table:
             block = request.block_table.pop()
             self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                (self._empty if self._keys[block] is None else self._cached)[block] = None
+            if self._ref_counts[block]:
+                continue
+            if self._keys[block] is None:
+                self._empty.append(block)
+            else:
+                self._cached[block] = None
         request.prefix_ids.clear()
 
     def forget_content(self, request: Request) -> list[int]:
@@ -178,7 +182,7 @@ class BlockManager:
         """Forget all cached prefixes; pages in use stay with their owners."""
         self._index.clear()
         self._keys = [None] * self.num_blocks
-        self._empty.update(self._cached)
+        self._empty += self._cached
         self._cached.clear()
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
@@ -211,11 +215,9 @@ class BlockManager:
 
     def _pop_free(self) -> int:
         if self._empty:
-            block = next(iter(self._empty))
-            del self._empty[block]
+            block = self._empty.pop()
         else:
-            block = next(iter(self._cached))
-            del self._cached[block]
+            block, _ = self._cached.popitem(last=False)
             key = self._keys[block]
             assert key is not None
             del self._index[key]
