@@ -2,13 +2,13 @@
 
 A captured function reads and writes buffers that stay where they are; what differs from run to run
 is in them. The first run of each key is not captured: a text's first tokens do not wait for a
-capture that may never pay.
+capture that may never pay. It is made when the work comes again, or before that if there is nothing
+else to do.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_RUNS_BEFORE_CAPTURE = 1
 _MAX_GRAPHS = 256  # each takes some memory; what is rare enough to come later runs as it is
 
 
@@ -36,7 +35,7 @@ class GraphCache:
         self.num_replays = 0
         self._may_capture = True
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._num_runs: Counter[Hashable] = Counter()
+        self._uncaptured: dict[Hashable, Callable[[], None]] = {}  # what has run once
         self._pool: Any = None
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
@@ -47,21 +46,46 @@ class GraphCache:
             work: enqueues it on the current stream; free of synchronization.
         """
         graph = self._graphs.get(key)
-        if graph is None and self._num_runs[key] >= _RUNS_BEFORE_CAPTURE and self._wants_more():
-            graph = self._capture(work)
-            if graph is not None:
-                self._graphs[key] = graph
+        if graph is None and key in self._uncaptured:
+            graph = self._capture(key)
         if graph is None:
             work()
-            self._num_runs[key] += 1
+            if self.is_enabled and self._may_capture and self._num_keys < _MAX_GRAPHS:
+                self._uncaptured[key] = work
             return
         graph.replay()
         self.num_replays += 1
 
-    def _wants_more(self) -> bool:
-        return self.is_enabled and self._may_capture and len(self._graphs) < _MAX_GRAPHS
+    def capture_next(self) -> bool:
+        """Capture what has run, but not yet again; nothing runs. For the time between requests.
 
-    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        Returns:
+            False if there is nothing of that kind.
+        """
+        if not self._uncaptured:
+            return False
+        self._capture(next(iter(self._uncaptured)))
+        return True
+
+    def clear(self) -> None:
+        """Let go of everything that was captured, or might be."""
+        self._graphs.clear()
+        self._uncaptured.clear()
+
+    @property
+    def _num_keys(self) -> int:
+        return len(self._graphs) + len(self._uncaptured)
+
+    def _capture(self, key: Hashable) -> torch.cuda.CUDAGraph | None:
+        work = self._uncaptured.pop(key)
+        graph = self._record(work)
+        if graph is None:
+            self._uncaptured.clear()
+        else:
+            self._graphs[key] = graph
+        return graph
+
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -186,9 +186,12 @@ class EngineThread:
             while self._end is None:
                 try:
                     interpreter.set(is_busy=engine.has_requests)
-                    if not engine.has_requests:
+                    is_idle = not engine.has_requests
+                    while is_idle and self._inbox.empty() and engine.prepare_next():
+                        self.last_progress = time.monotonic()
+                    if is_idle:
                         release_threads()
-                    self._run_commands(wait=not engine.has_requests)
+                    self._run_commands(wait=is_idle)
                     if self._end is None and engine.has_requests:
                         self._deliver(engine.step())
                         self.last_progress = time.monotonic()

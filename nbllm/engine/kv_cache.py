@@ -55,7 +55,7 @@ def resolve_config(
     on_gpu = device.type == "cuda"
     big_gpu = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 70 * _GIB
     block_size = config.block_size or (64 if on_gpu else 32)
-    max_num_seqs = config.max_num_seqs or (256 if on_gpu else 64)
+    max_num_seqs = config.max_num_seqs or (1024 if big_gpu else 256 if on_gpu else 64)
     max_num_batched_tokens = config.max_num_batched_tokens or (
         (16384 if big_gpu else 8192) if on_gpu else 512
     )
@@ -64,7 +64,14 @@ def resolve_config(
     per_block = block_size_bytes(model, block_size, dtype)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
-        budget = _kv_budget_bytes(config, model, device, dtype, max_num_batched_tokens)
+        budget = _kv_budget_bytes(
+            replace(
+                config, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            ),
+            model,
+            device,
+            dtype,
+        )
         useful = max_num_seqs * -(-wanted_len // block_size) + 1
         num_blocks = min(budget // per_block, useful)
     # One sequence of full length must fit, beside the null block, or it could never finish.
@@ -145,8 +152,9 @@ def _kv_budget_bytes(
     model: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
-    max_num_batched_tokens: int,
 ) -> int:
+    assert config.max_num_seqs is not None
+    assert config.max_num_batched_tokens is not None
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     free = free_memory_bytes(device)
@@ -154,9 +162,9 @@ def _kv_budget_bytes(
         return int(min(free * _CPU_SHARE, _CPU_LIMIT))
     # The widest activations of a step: gate and up projections, and float32 logits with the
     # copies that sampling makes of them.
-    max_num_seqs = config.max_num_seqs or 256
-    activations = max_num_batched_tokens * (3 * model.intermediate_size + 8 * model.hidden_size)
-    logits = 4 * max_num_seqs * model.vocab_size
+    widths = 3 * model.intermediate_size + 8 * model.hidden_size
+    activations = config.max_num_batched_tokens * widths
+    logits = 4 * config.max_num_seqs * model.vocab_size
     num_pools = 1 if config.enforce_eager else 2  # captured steps have memory of their own
     reserve = num_pools * activations * dtype.itemsize + logits * 4
     return int(free * config.gpu_memory_utilization) - reserve

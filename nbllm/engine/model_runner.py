@@ -183,6 +183,12 @@ class ModelRunner:
             generated = self.batch.state.generated.index_select(0, rows)
             return self._pend(PendingStep(output, sampled, generated, logprobs, None, result))
 
+    @torch.inference_mode()
+    def prepare_next(self) -> bool:
+        """Use a moment without requests to make later steps faster; False if there is nothing."""
+        with self._on_stream():
+            return self.graphs.capture_next()
+
     def synchronize(self) -> None:
         """Wait until nothing is pending on the device."""
         if self._stream is not None:
@@ -237,6 +243,7 @@ class ModelRunner:
         del self.model
         del self.decode_loop
         del self.prompt_graphs
+        self.graphs.clear()
         del self.graphs
         del self.batch
         gc.collect()

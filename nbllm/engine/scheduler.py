@@ -206,12 +206,12 @@ class Scheduler:
         Returns:
             how many steps, at least one: for that they have pages already.
         """
-        num_steps = max_steps
+        remaining = [r.max_num_tokens - r.num_booked_tokens for r in requests]
+        num_steps = min(max_steps, max(remaining))
         if any(r.ends_on_host or r.shapes_logits or r.reports_logprobs for r in requests):
             num_steps = 1
         if self._num_waiting:  # the first place that becomes free is somebody's
-            remaining = min(r.max_num_tokens - r.num_booked_tokens for r in requests)
-            num_steps = min(num_steps, remaining)
+            num_steps = min(num_steps, *remaining)
         while num_steps > 1:
             # The last token that is sampled needs no page yet.
             wanted = [min(r.num_booked_tokens + num_steps, r.max_num_tokens) - 1 for r in requests]

@@ -58,7 +58,7 @@ def make_replaying_engine(
         return engine
 
     # A real capture only records, and the replay that follows does the work for the first time.
-    monkeypatch.setattr(GraphCache, "_capture", lambda _, work: Replay(work))
+    monkeypatch.setattr(GraphCache, "_record", lambda _, work: Replay(work))
     return make
 
 

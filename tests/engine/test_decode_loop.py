@@ -11,6 +11,7 @@ import torch
 
 from nbllm import RequestFailedError, SamplingParams
 from nbllm.config import EngineConfig
+from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.engine import Engine
 from nbllm.engine.loading import load_engine
 from nbllm.engine.request import FinishReason, Request
@@ -121,6 +122,47 @@ def test_replayed_steps_give_the_tokens_of_single_steps(
     assert any(size.num_decodes for kind, size, *_ in keys if kind == "prompt")
     assert engine.runner.graphs.num_replays > 20
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+
+
+def test_idle_time_captures_what_ran_once_and_runs_nothing(
+    make_replaying_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_replaying_engine(**OPTIONS, enable_prefix_caching=False)
+    texts = []
+    for _ in range(2):
+        request = make_request([5, 6, 7], max_tokens=2)
+        engine.add(request)
+        run(engine)
+        texts.append(request.output_token_ids)
+        if not texts[1:]:
+            assert engine.runner.graphs.num_replays == 0
+            pages = [cache.clone() for cache in engine.runner.kv_caches]
+            assert [engine.prepare_next() for _ in range(3)] == [True, True, False]
+            caches = zip(pages, engine.runner.kv_caches, strict=True)
+            assert all(torch.equal(*pair) for pair in caches)
+    assert engine.runner.graphs.num_replays == 2  # the prompt, the step after it
+    assert texts[0] == texts[1]
+
+
+def test_a_capture_that_fails_in_idle_time_costs_nothing(
+    make_replaying_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_replaying_engine(**OPTIONS)
+    request = make_request([5, 6, 7], max_tokens=2)
+    engine.add(request)
+    run(engine)
+
+    def broken(*_: Any) -> Any:
+        raise torch.AcceleratorError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphCache, "_record", broken)
+        assert not engine.prepare_next()
+    assert not engine.prepare_next()
+    again = make_request([5, 6, 7], max_tokens=2)
+    engine.add(again)
+    run(engine)
+    assert again.output_token_ids == request.output_token_ids
 
 
 def test_a_request_that_is_aborted_while_a_step_is_pending_frees_its_pages(
