@@ -5,6 +5,7 @@ NbllmError
 │   └── PromptTooLongError                the prompt does not fit into `max_model_len`
 ├── ModelLoadError                        a checkpoint can't be found, read or understood
 ├── OutOfMemoryError (MemoryError)        the configuration does not fit; says what to lower
+├── MissingCompilerError                  GPU kernels can't be built on this machine
 ├── RequestFailedError                    a step of the engine failed while it ran this request
 ├── EngineClosedError                     `LLM.close()` was called
 └── EngineDeadError                       the engine can't go on; `__cause__` says why
@@ -46,6 +47,10 @@ class ModelLoadError(NbllmError):
 
 class OutOfMemoryError(NbllmError, MemoryError):
     """The model or its KV cache does not fit into the memory that is free."""
+
+
+class MissingCompilerError(NbllmError):
+    """GPU kernels need a C compiler and Python's headers, and they are not there."""
 
 
 class RequestFailedError(NbllmError):

@@ -11,9 +11,9 @@ from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.engine import Engine
 from nbllm.engine.kv_cache import resolve_config
 from nbllm.engine.model_runner import ModelRunner
-from nbllm.errors import InvalidRequestError, ModelLoadError
+from nbllm.errors import InvalidRequestError, MissingCompilerError, ModelLoadError
 from nbllm.models import load_model
-from nbllm_kernels import release_threads
+from nbllm_kernels import release_threads, rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         ModelLoadError: the folder's content is missing, broken or of an unknown kind.
         OutOfMemoryError: weights or KV cache do not fit.
         InvalidRequestError: the device is not there.
+        MissingCompilerError: nor is what its kernels are built with.
     """
     model_config = ModelConfig.from_folder(folder)
     device = resolve_device(config.device)
@@ -45,6 +46,8 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
             f"load_format must be 'auto', 'safetensors', 'pt' or 'dummy', got {load_format!r}",
             parameter="load_format",
         )
+    if device.type == "cuda":
+        _launch_first_kernel(model_config, device, dtype)
     model = load_model(
         model_config,
         folder,
@@ -58,6 +61,21 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
     runner = ModelRunner(model, model_config, resolved, device=device, dtype=dtype)
     release_threads()  # from here on the engine's thread computes
     return LoadedEngine(Engine(runner, resolved), model_config)
+
+
+def _launch_first_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """What keeps kernels from running is said before the weights are loaded."""
+    x = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)
+    try:
+        with torch.cuda.device(device):
+            rms_norm(x, x[0], config.rms_norm_eps)
+    except Exception as error:
+        from nbllm_kernels.gpu.toolchain import diagnose
+
+        message = diagnose(error)
+        if message is None:
+            raise
+        raise MissingCompilerError(message) from error
 
 
 def resolve_device(device: str) -> torch.device:
