@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,20 @@ PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&module); }
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def nothing_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    forget_compiler()
+    yield
+    forget_compiler()
+
+
+def forget_compiler() -> None:
+    """Some versions of Triton look for it once."""
     from triton.runtime import build
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     find = getattr(build, "_find_compiler", None)
     if hasattr(find, "cache_clear"):
-        find.cache_clear()  # some versions look for a compiler once
+        find.cache_clear()
 
 
 def build_error() -> BaseException:
