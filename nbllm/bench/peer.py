@@ -48,7 +48,7 @@ def time_peer(peer: Peer, workload: Workload, repeats: int) -> dict[str, Any]:
     Raises:
         ValueError: prompts or outputs differ in length: padding would blur the comparison.
     """
-    from nbllm.bench.run import rates
+    from nbllm.bench.measure import rates
 
     if len(set(map(len, workload.prompts))) > 1 or len(set(workload.output_lens)) > 1:
         raise ValueError("the peer is timed on prompts and outputs of one length only")

@@ -10,20 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nbllm import LLM
+from nbllm import LLM, InvalidRequestError
+from nbllm.bench import measure
 from nbllm.bench import run as bench
-from nbllm.bench.workloads import SHAPES, WORKLOADS, make_workload, write_config
+from nbllm.bench.roofline import Ceilings, Costs, ideal_seconds
+from nbllm.bench.workloads import SHAPES, WORKLOADS, Workload, make_workload, write_config
 from nbllm.config import ModelConfig
 
 MakeCheckpoint = Callable[..., tuple[Path, Any]]
 
 
 def run_bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code, _, result = run_and_print(capsys, *arguments)
+    return code, result
+
+
+def run_and_print(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, list[str], dict[str, Any]]:
+    """The exit status, the table, and the last line."""
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     code = bench.run(parser.parse_args([*arguments, "--device", "cpu", "--repeats", "1"]))
-    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+    *lines, last = capsys.readouterr().out.splitlines()
+    return code, lines, json.loads(last)
 
 
 @pytest.fixture
@@ -39,12 +51,14 @@ def test_the_last_line_reports_rates_check_and_environment(
 ) -> None:
     code, result = run_bench(capsys, "--model", str(folder), "--dtype", "float32", *SMALL)
     assert code == 0
-    assert result["prompt_tokens"] == 36
-    assert result["output_tokens"] == 18
-    assert result["tokens_per_s"] == pytest.approx(18 / result["seconds"], rel=0.05)
-    assert 0 < result["ttft_s"]["mean"] <= result["seconds"] * 2
+    (measured,) = result["workloads"]
+    assert measured["prompt_tokens"] == 36
+    assert measured["output_tokens"] == 18
+    assert measured["tokens_per_s"] == pytest.approx(18 / measured["seconds"], rel=0.05)
+    assert 0 < measured["ttft_s"]["mean"] <= measured["seconds"] * 2
+    assert 0 < measured["of_roofline"] < 1 and 0 < measured["prefill_of_roofline"] < 1
     assert 0 < result["load_s"] <= result["import_to_first_token_s"]
-    assert result["check"] == {
+    assert measured["check"] == {
         "against": "the same rows alone",
         "rows": 3,
         "equal": 3,
@@ -60,10 +74,64 @@ def test_the_peer_agrees_on_every_token_and_is_timed(
     arguments = ("--model", str(folder), "--dtype", "float32", "--peer", "transformers")
     code, result = run_bench(capsys, *arguments, *SMALL)
     assert code == 0
-    assert result["check"]["equal"] == result["check"]["tokens"] == 18
-    peer = result["peers"]["transformers"]
+    (measured,) = result["workloads"]
+    assert measured["check"]["equal"] == measured["check"]["tokens"] == 18
+    peer = measured["peers"]["transformers"]
     assert peer["equal_tokens"] == 18
     assert peer["ratio"]["tokens_per_s"] > 0
+
+
+def test_several_workloads_with_sampling_make_one_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--temperature", "0.6", "--beside-python", "--max-model-len", "600")
+    code, lines, result = run_and_print(
+        capsys, "--model", str(folder), *SMALL, *options, "--workload", "nano", "frame"
+    )
+    assert code == 0
+    assert [item["workload"] for item in result["workloads"]] == ["nano", "frame"]
+    assert all(item["slowdown_beside_python"] > 0 for item in result["workloads"])
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert [row.split(":")[0] for row in rows] == ["| nano", "| frame"]
+    assert "rows/s" in rows[1] and "tokens/s" in rows[0]
+    assert all("ok, 3 of 3 equal" in row for row in rows)
+
+
+def test_peers_are_timed_without_sampling(folder: Path) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    arguments = parser.parse_args(["--peer", "transformers", "--temperature", "1"])
+    with pytest.raises(InvalidRequestError, match="without sampling"):
+        bench.run(arguments)
+
+
+def test_the_ideal_is_what_weights_and_pages_take_to_read(tmp_path: Path) -> None:
+    """By hand: Qwen3-0.6B reads 1.19 GB of weights and 112 KiB for each token of the text."""
+    config = ModelConfig.from_folder(write_config("qwen3-0.6b", tmp_path))
+    costs = Costs.of(config, torch.bfloat16)
+    weights = 28 * (1024 * (16 + 16) * 128 + 2048 * 1024 + 3 * 1024 * 3072)
+    assert (costs.num_weights, costs.num_head_weights) == (weights, 151936 * 1024)
+    assert costs.kv_bytes_per_token == 112 * 1024
+    reads_only = Ceilings(bytes_per_s=1e12, flops_per_s=1e30)
+    weight_bytes = 2 * (weights + 151936 * 1024)
+
+    def ideal(prompts: list[list[int]], lens: list[int], max_num_seqs: int = 8) -> float:
+        workload = Workload("by hand", prompts, lens)
+        return ideal_seconds(workload, costs, reads_only, max_num_seqs=max_num_seqs) * 1e12
+
+    assert ideal([[1, 2, 3]], [1]) == pytest.approx(weight_bytes)
+    assert ideal([[1, 2, 3]], [3]) == pytest.approx(3 * weight_bytes + (4 + 5) * 112 * 1024)
+    two = [[1, 2, 3], [4, 5]]
+    assert ideal(two, [2, 2]) == pytest.approx(2 * weight_bytes + (4 + 3) * 112 * 1024)
+    assert ideal(two, [2, 2], 1) == pytest.approx(3 * weight_bytes + (4 + 3) * 112 * 1024)
+    shared = [[1, 2, 3], [1, 2, 4]]  # two tokens are read once for both
+    assert ideal(shared, [2, 2]) == pytest.approx(2 * weight_bytes + (2 + 2 + 2) * 112 * 1024)
+    computes_only = Ceilings(bytes_per_s=1e30, flops_per_s=1e12)
+    workload = Workload("prefill", [[1, 2, 3, 4]], [1])
+    flops = 2 * (4 * weights + 151936 * 1024) + 4 * 10 * 16 * 128 * 28
+    assert ideal_seconds(workload, costs, computes_only, max_num_seqs=8) * 1e12 == pytest.approx(
+        flops
+    )
 
 
 def test_a_wrong_token_fails_the_check(make_checkpoint: MakeCheckpoint) -> None:
@@ -72,14 +140,14 @@ def test_a_wrong_token_fails_the_check(make_checkpoint: MakeCheckpoint) -> None:
     folder, model = make_checkpoint("Qwen3", head_dim=16)
     workload = make_workload("batch", num_prompts=2, input_len=9, output_len=5, vocab_size=512)
     with LLM(folder, skip_tokenizer_init=True, device="cpu", dtype="float32") as llm:
-        outputs = bench._generate(llm, workload)
+        outputs = measure.generate(llm, workload)
         assert check_tokens(model, outputs)["ok"]
-        assert bench._check_alone(llm, outputs)["ok"]
+        assert measure.check_alone(llm, outputs)["ok"]
         right = outputs[1].outputs[0]
         wrong = [*right.token_ids[:3], (right.token_ids[3] + 1) % 512, right.token_ids[4]]
         outputs[1].outputs[0] = replace(right, token_ids=wrong)
         assert not check_tokens(model, outputs)["ok"]
-        assert not bench._check_alone(llm, outputs)["ok"]
+        assert not measure.check_alone(llm, outputs)["ok"]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
