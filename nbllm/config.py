@@ -21,6 +21,7 @@ class EngineConfig:
 
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     dtype: str = "auto"  # "auto", "float32", "float16", "bfloat16"
+    kv_cache_dtype: str = "auto"  # the model's, or "fp8": half the memory, three bits of mantissa
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # requests running at once
     max_num_batched_tokens: int | None = None  # tokens in one step
@@ -70,6 +71,11 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"block_size must be 8, 16, 32, 64, 128 or 256, got {self.block_size!r}",
                 parameter="block_size",
+            )
+        if self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3"):
+            raise InvalidRequestError(
+                f"kv_cache_dtype must be 'auto', 'fp8' or 'fp8_e4m3', got {self.kv_cache_dtype!r}",
+                parameter="kv_cache_dtype",
             )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidRequestError(

@@ -45,8 +45,8 @@ def attention_inputs(
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], query, key and value heads
             side by side; may be overwritten.
-        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], written at
-            `metadata.slot_mapping`.
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], of the same dtype
+            or float8_e4m3fn; written at `metadata.slot_mapping`.
         metadata: of the step.
         rope: table and positions, as `rotary` takes them; None does not rotate.
         norm: None does not norm.

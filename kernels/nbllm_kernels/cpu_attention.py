@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nbllm_kernels import cpu_native
 from nbllm_kernels.attention_metadata import AttentionMetadata
-from nbllm_kernels.reference import visible_keys
+from nbllm_kernels.reference import raw_numbers, visible_keys
 
 
 def paged_attention(
@@ -54,7 +54,8 @@ def paged_attention(
         for i, seq_len in enumerate(metadata.seq_lens[num_decodes:].tolist(), start=num_decodes):
             k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
             v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
-            outputs.append(_attend_chunk(query[loc[i] : loc[i + 1]], k, v, **options))
+            new = query[loc[i] : loc[i + 1]]
+            outputs.append(_attend_chunk(new, k.to(query.dtype), v.to(query.dtype), **options))
         if loc[-1] < len(query):
             outputs.append(torch.zeros_like(query[loc[-1] :]))  # of no sequence
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -63,7 +64,8 @@ def paged_attention(
 def _gather(cache: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Copy the (page, head) pairs of `index` ([N] int64) to `out` ([N, block_size, head_dim])."""
     size = cache.shape[2] * cache.shape[3]
-    torch.index_select(cache.view(-1, size), 0, index, out=out.view(-1, size))
+    numbers = raw_numbers(cache).view(-1, size)
+    torch.index_select(numbers, 0, index, out=raw_numbers(out).view(-1, size))
     return out
 
 
@@ -147,8 +149,8 @@ def _attend_decodes(
     num_kv_heads = key_cache.shape[1]
     plan = _decode_plan(scratch, key_cache, block_tables, seq_lens)
     shape = (num_seqs, num_kv_heads, -1, head_dim)
-    k = _gather(key_cache, plan.index, plan.keys).view(shape)
-    v = _gather(value_cache, plan.index, plan.values).view(shape)
+    k = _gather(key_cache, plan.index, plan.keys).view(shape).to(query.dtype)
+    v = _gather(value_cache, plan.index, plan.values).view(shape).to(query.dtype)
     q = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = _decode_mask(scratch, plan.positions, seq_lens, sliding_window, query.dtype)
     if softcap is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.reference import raw_numbers, to_cache
 
 if TYPE_CHECKING:
     from nbllm_kernels.attention_inputs import HeadNorm
@@ -53,7 +54,8 @@ def attention_inputs(
     for source, cache in ((qk[:, num_heads:], key_cache), (heads[:, -num_kv_heads:], value_cache)):
         if slots.tokens is not None:
             source = source[slots.tokens]
-        cache.view(-1, head_dim).index_copy_(0, slots.rows, source.reshape(-1, head_dim))
+        numbers = raw_numbers(to_cache(source.reshape(-1, head_dim), cache.dtype))
+        raw_numbers(cache).view(-1, head_dim).index_copy_(0, slots.rows, numbers)
     return qk[:, :num_heads]
 
 

@@ -23,7 +23,8 @@ def paged_attention(
 
     Args:
         query: [num_tokens, num_heads, head_dim].
-        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], of the same dtype
+            or float8_e4m3fn.
         metadata: where the tokens stand.
         scale: factor of q k^T.
         sliding_window: a token sees this many tokens, itself included; None sees all.

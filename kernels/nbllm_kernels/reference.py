@@ -57,7 +57,7 @@ def paged_attention(
 def gather_pages(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
     """[seq_len, num_kv_heads, head_dim]: one sequence's keys or values, page after page."""
     block_size = cache.shape[2]
-    pages = cache[block_table[: -(-seq_len // block_size)].long()]
+    pages = raw_numbers(cache)[block_table[: -(-seq_len // block_size)].long()].view(cache.dtype)
     return pages.transpose(1, 2).flatten(0, 1)[:seq_len]
 
 
@@ -83,8 +83,21 @@ def store_kv(
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
     block = torch.div(slot_mapping, block_size, rounding_mode="floor")
     offset = slot_mapping % block_size
-    key_cache[block, :, offset] = key
-    value_cache[block, :, offset] = value
+    for source, cache in ((key, key_cache), (value, value_cache)):
+        raw_numbers(cache)[block, :, offset] = raw_numbers(to_cache(source, cache.dtype))
+
+
+def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as they are stored: what float8 can't hold becomes the largest that it can."""
+    if dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(dtype).max
+        x = x.float().clamp(-largest, largest)
+    return x.to(dtype)
+
+
+def raw_numbers(cache: Tensor) -> Tensor:
+    """The same memory in a dtype that can be indexed: PyTorch moves no float8."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def rms_norm(

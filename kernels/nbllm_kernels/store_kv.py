@@ -15,7 +15,8 @@ def store_kv(
 
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim].
-        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], of the same dtype
+            or float8_e4m3fn.
         slot_mapping: [num_tokens] int64, block_id * block_size + offset; negative is skipped.
     """
     if runs_triton(key):

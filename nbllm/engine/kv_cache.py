@@ -42,11 +42,23 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def resolve_config(
-    config: EngineConfig, model: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_cache_dtype: torch.dtype | None = None,
 ) -> EngineConfig:
     """Fill in every `None` of a config, and fit it to the memory that is free.
 
     Call it when the weights are loaded, so that they no longer count as free.
+
+    Args:
+        config: what the user chose.
+        model: its shape.
+        device: where it runs.
+        dtype: of weights and activations.
+        kv_cache_dtype: of keys and values; default the same.
 
     Raises:
         OutOfMemoryError: the cache that was asked for does not fit; says by how much.
@@ -61,7 +73,7 @@ def resolve_config(
     )
     max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
     wanted_len = config.max_model_len or model.max_context_len
-    per_block = block_size_bytes(model, block_size, dtype)
+    per_block = block_size_bytes(model, block_size, kv_cache_dtype or dtype)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
         budget = _kv_budget_bytes(

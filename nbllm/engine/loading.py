@@ -57,8 +57,11 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         max_model_len=config.max_model_len,
         batch_invariant=config.batch_invariant,
     )
-    resolved = resolve_config(config, model_config, device=device, dtype=dtype)
-    runner = ModelRunner(model, model_config, resolved, device=device, dtype=dtype)
+    kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
+    resolved = resolve_config(
+        config, model_config, device=device, dtype=dtype, kv_cache_dtype=kv_dtype
+    )
+    runner = ModelRunner(model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype)
     release_threads()  # from here on the engine's thread computes
     return LoadedEngine(Engine(runner, resolved), model_config)
 
@@ -124,6 +127,28 @@ def resolve_dtype(choice: str, checkpoint: str, device: torch.device) -> torch.d
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelLoadError(f"config.json asks for the unknown dtype {name!r}; pass dtype=")
     return dtype
+
+
+def resolve_kv_cache_dtype(choice: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values.
+
+    Args:
+        choice: "auto" is the model's; "fp8" and "fp8_e4m3" are float8 (e4m3).
+        dtype: of the model.
+        device: where it runs.
+
+    Raises:
+        InvalidRequestError: the GPU has no float8.
+    """
+    if choice == "auto":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InvalidRequestError(
+            f"kv_cache_dtype={choice!r} needs a GPU with float8 (compute capability 8.9 or more); "
+            f"{torch.cuda.get_device_name(device)} has none",
+            parameter="kv_cache_dtype",
+        )
+    return torch.float8_e4m3fn
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -115,7 +115,7 @@ class ModelRunner:
         model_config: its shape.
         config: the resolved configuration.
         device: where the model is.
-        dtype: of the KV cache, normally the model's.
+        kv_cache_dtype: of keys and values, normally the model's dtype.
 
     Attributes:
         max_steps: steps that may run in a row, see `SchedulerOutput.num_steps`.
@@ -130,7 +130,7 @@ class ModelRunner:
         config: EngineConfig,
         *,
         device: torch.device,
-        dtype: torch.dtype,
+        kv_cache_dtype: torch.dtype,
     ) -> None:
         assert config.max_num_seqs is not None
         assert config.max_model_len is not None
@@ -138,7 +138,9 @@ class ModelRunner:
         self.model = model
         self.device = device
         self.vocab_size = model_config.vocab_size
-        self.kv_caches = allocate_kv_caches(config, model_config, device=device, dtype=dtype)
+        self.kv_caches = allocate_kv_caches(
+            config, model_config, device=device, dtype=kv_cache_dtype
+        )
         self.batch = Batch(
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here"),
 ]
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 def compile_kernel(
@@ -38,7 +38,14 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decode: bool) -> Any:
+def compile_attention(
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    *,
+    is_decode: bool,
+    cache_dtype: torch.dtype | None = None,
+) -> Any:
     import triton
 
     from nbllm_kernels.gpu.attention_kernel import paged_attention_kernel
@@ -68,7 +75,9 @@ def compile_attention(dtype: torch.dtype, head_dim: int, group: int, *, is_decod
         constants["EARLY_TILE"] = dtype != torch.float32
     types: dict[str, str] = {}
     for name in kernel.arg_names:
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        if name in ("k_ptr", "v_ptr"):
+            types[name] = f"*{TYPES[cache_dtype or dtype]}"
+        elif name in ("q_ptr", "out_ptr"):
             types[name] = f"*{TYPES[dtype]}"
         elif name == "lse_ptr":
             types[name] = "*fp32"
@@ -151,6 +160,20 @@ def test_attention_compiles_for_hopper_without_spills(
     ptx = kernel.asm["ptx"]
     if dtype == torch.bfloat16 and not is_decode:
         assert "wgmma.mma_async" in ptx
+    assert kernel.metadata.shared <= 227 * 1024
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize(("head_dim", "is_decode"), [(64, True), (128, True), (128, False)])
+def test_attention_to_float8_compiles_for_hopper_without_spills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_dim: int, is_decode: bool
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    kernel = compile_attention(
+        torch.bfloat16, head_dim, 2, is_decode=is_decode, cache_dtype=torch.float8_e4m3fn
+    )
+    assert "cvt.rn.f16x2.e4m3x2" in kernel.asm["ptx"]  # two numbers at a time
     assert kernel.metadata.shared <= 227 * 1024
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nbllm_kernels.attention_metadata import AttentionMetadata
+from nbllm_kernels.gpu.kv_dtype import to_cache
 from nbllm_kernels.gpu.programmatic_launch import launch_options
 from nbllm_kernels.gpu.store_kv import check_cache
 from nbllm_kernels.gpu.validation import (
@@ -79,10 +80,10 @@ def _transform_heads(
         first = rotated
     dtype = out_ptr.dtype.element_ty
     target = out_ptr + head * stride_out_head
-    tl.store(target + dim, first.to(dtype), mask=mask)
-    tl.store(target + HALF + dim, second.to(dtype), mask=mask)
+    tl.store(target + dim, to_cache(first, dtype), mask=mask)
+    tl.store(target + HALF + dim, to_cache(second, dtype), mask=mask)
     if BLOCK_REST > 0:
-        tl.store(target + rest_dim, rest.to(dtype), mask=rest_mask)
+        tl.store(target + rest_dim, to_cache(rest, dtype), mask=rest_mask)
 
 
 @triton.jit

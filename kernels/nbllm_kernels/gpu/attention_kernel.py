@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from nbllm_kernels.gpu.activation import tanh
+from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
 @triton.jit
@@ -100,6 +101,7 @@ def paged_attention_kernel(
     if HEAD_DIM != PADDED_DIM:
         q_mask = q_mask & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=q_mask, other=0.0)
+    q = to_operand(q, k_ptr.dtype.element_ty)
 
     # Keys that some row sees: low <= key < high.
     high = offset + tl.minimum(first + BLOCK_Q, query_len)
@@ -133,7 +135,7 @@ def paged_attention_kernel(
         kv_mask = key_mask[:, None]
         if HEAD_DIM != PADDED_DIM:
             kv_mask = kv_mask & (dim < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + kv_offset, mask=kv_mask, other=0.0)
+        k = tl.load(k_ptr + kv_offset, mask=kv_mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
             scores = scale_out * tanh(scores)
@@ -147,7 +149,7 @@ def paged_attention_kernel(
         probability = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(highest - shift)
         total = total * decay + tl.sum(probability, axis=1)
-        v = tl.load(v_ptr + kv_offset, mask=kv_mask, other=0.0)
+        v = tl.load(v_ptr + kv_offset, mask=kv_mask, other=0.0).to(q.dtype)
         acc = acc * decay[:, None]
         acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest

@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nbllm_kernels.gpu.activation import tanh
+from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
 @triton.jit
@@ -37,6 +38,8 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """One step of the online softmax; some key is visible."""
+    k = k.to(q.dtype)
+    v = v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
         scores = scale_out * tanh(scores)
@@ -159,7 +162,7 @@ def decode_attention_kernel(
         newest_offset = (newest_slot + newest % PAGE_SIZE) * HEAD_DIM + dim
         if LAUNCH_PDL:
             gdc_wait()
-        q = tl.load(q_ptr, mask=q_mask, other=0.0)
+        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
         newest_mask = dim < tl.where(has_newest, HEAD_DIM, 0)
         newest_k = tl.load(k_ptr + newest_offset, mask=newest_mask, other=0.0)
         newest_v = tl.load(v_ptr + newest_offset, mask=newest_mask, other=0.0)
@@ -172,7 +175,7 @@ def decode_attention_kernel(
             )
         begin += 1
     else:
-        q = tl.load(q_ptr, mask=q_mask, other=0.0)
+        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
 
     for tile in range(begin, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nbllm_kernels.gpu.activation import tanh
+from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -68,6 +69,7 @@ def prefix_attention_kernel(
         q_mask = q_mask & (dim < HEAD_DIM)[None, :]
     q_offset = seq.to(tl.int64) * stride_q_token + head * STRIDE_Q_HEAD
     q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=q_mask, other=0.0)
+    q = to_operand(q, k_ptr.dtype.element_ty)
 
     # Whole pages are shared, and a tile of keys lies within a page: nothing is masked but heads
     # that are padded.
@@ -93,6 +95,8 @@ def prefix_attention_kernel(
         else:
             k = tl.load(k_ptr + kv_offset)
             v = tl.load(v_ptr + kv_offset)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
             scores = scale_out * tanh(scores)

@@ -7,13 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nbllm_kernels.gpu.validation import (
-    describe,
-    require,
-    require_float,
-    require_index,
-    require_like,
-)
+from nbllm_kernels.gpu.kv_dtype import to_cache
+from nbllm_kernels.gpu.validation import describe, require, require_float, require_index
 
 
 @triton.jit
@@ -44,8 +39,11 @@ def _store_kv_kernel(
     target = ((page * NUM_KV_HEADS + head) * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM + dim
     key_source = token * stride_key_token + head * STRIDE_KEY_HEAD + dim
     value_source = token * stride_value_token + head * STRIDE_VALUE_HEAD + dim
-    tl.store(key_cache_ptr + target, tl.load(key_ptr + key_source, mask=mask), mask=mask)
-    tl.store(value_cache_ptr + target, tl.load(value_ptr + value_source, mask=mask), mask=mask)
+    dtype = key_cache_ptr.dtype.element_ty
+    key = tl.load(key_ptr + key_source, mask=mask).to(tl.float32)
+    tl.store(key_cache_ptr + target, to_cache(key, dtype), mask=mask)
+    value = tl.load(value_ptr + value_source, mask=mask).to(tl.float32)
+    tl.store(value_cache_ptr + target, to_cache(value, dtype), mask=mask)
 
 
 def store_kv(
@@ -96,7 +94,8 @@ def store_kv(
 
 
 def check_cache(key_cache: Tensor, value_cache: Tensor, like: Tensor) -> None:
-    """Two contiguous [num_blocks, num_kv_heads, block_size, head_dim] of one shape.
+    """Two contiguous [num_blocks, num_kv_heads, block_size, head_dim] of one shape and dtype: that
+    of `like`, or float8_e4m3fn.
 
     Raises:
         ValueError: they are not.
@@ -104,10 +103,17 @@ def check_cache(key_cache: Tensor, value_cache: Tensor, like: Tensor) -> None:
     _check_side("key_cache", key_cache, like)
     _check_side("value_cache", value_cache, like)
     require(
-        key_cache.shape == value_cache.shape, lambda: "key_cache and value_cache differ in shape"
+        key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype,
+        lambda: "key_cache and value_cache differ in shape or dtype",
     )
 
 
 def _check_side(name: str, cache: Tensor, like: Tensor) -> None:
-    require_like(name, cache, like)
+    require(
+        cache.dtype in (like.dtype, torch.float8_e4m3fn) and cache.device == like.device,
+        lambda: (
+            f"{name} must be {like.dtype} or float8_e4m3fn on {like.device}: {describe(cache)} "
+            f"on {cache.device}"
+        ),
+    )
     require(cache.ndim == 4 and cache.is_contiguous(), lambda: f"{name}: {describe(cache)}")
