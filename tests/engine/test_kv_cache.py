@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbllm import OutOfMemoryError
+from nbllm import InvalidRequestError, OutOfMemoryError
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine import kv_cache
 from nbllm.engine.kv_cache import allocate_kv_caches, block_size_bytes, resolve_config
@@ -111,3 +111,20 @@ def test_pages_on_the_cpu_take_no_ram_until_they_are_used() -> None:
     assert sum(cache.nbytes for cache in caches) > 390_000_000
     assert resident_bytes() - before < 40_000_000
     assert not caches[1][:, -1].any()
+
+
+def test_float8_takes_a_quarter_of_the_memory_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 10_000 * TOKEN_BYTES)
+    config = EngineConfig(block_size=16, max_num_seqs=64)
+    plain, fp8 = (
+        resolve_config(config, MODEL, device=CPU, dtype=torch.float32, kv_cache_dtype=dtype)
+        for dtype in (None, torch.float8_e4m3fn)
+    )
+    assert plain.num_gpu_blocks_override is not None
+    assert fp8.num_gpu_blocks_override == 4 * plain.num_gpu_blocks_override
+
+
+def test_an_unknown_dtype_of_the_cache_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError, match="'auto', 'fp8' or 'fp8_e4m3'") as caught:
+        EngineConfig(kv_cache_dtype="int4")
+    assert caught.value.parameter == "kv_cache_dtype"
