@@ -14,11 +14,13 @@ from nbllm_kernels.attention_metadata import (
 from nbllm_kernels.cpu_threads import release_threads
 from nbllm_kernels.decode_state import (
     BAD_LOGITS,
+    NUM_COLUMNS,
     DecodeInputs,
     DecodeState,
     append_tokens,
     decode_inputs,
     fill_last_tokens,
+    start_rows,
 )
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
@@ -38,6 +40,7 @@ from nbllm_kernels.store_kv import store_kv
 __all__ = [
     "BAD_LOGITS",
     "MAX_COUNT",
+    "NUM_COLUMNS",
     "PROMPT_FLAG",
     "AttentionMetadata",
     "DecodeInputs",
@@ -67,5 +70,6 @@ __all__ = [
     "rows_per_prefix_tile",
     "sample",
     "silu_and_mul",
+    "start_rows",
     "store_kv",
 ]

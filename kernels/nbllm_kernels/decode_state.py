@@ -1,12 +1,13 @@
 """The state of decoding sequences on the device, and the ops that close its loop.
 
+    start_rows         a new sequence -> state
     decode_inputs      state -> what the next step computes
     append_tokens      sampled tokens -> state, and a table that the host reads later
     fill_last_tokens   state -> the inputs of a step that the host put together
 
-Between the first two stand the model and the sampler. None of the four asks the host for anything,
-so a captured graph of them can be replayed several times in a row: a sequence that comes to its end
-marks itself and is passed over from then on.
+Between the second and the third stand the model and the sampler. None of these four asks the host
+for anything, so a captured graph of them can be replayed several times in a row: a sequence that
+comes to its end marks itself and is passed over from then on.
 """
 
 from __future__ import annotations
@@ -80,6 +81,25 @@ class DecodeInputs:
     seeds: Tensor
 
 
+NUM_COLUMNS = 9  # of `start_rows`, before the stop ids
+
+
+def start_rows(state: DecodeState, columns: Tensor) -> None:
+    """Give rows to new sequences; block tables are not touched.
+
+    Args:
+        state: the tables, changed.
+        columns: [N, NUM_COLUMNS + num_stop_ids] int64: row, last_token, num_tokens, max_tokens,
+            top_k, seed, the bits of temperature, top_p and min_p as float32, then the stop ids.
+    """
+    if runs_triton(columns):
+        from nbllm_kernels.gpu import decode_state as gpu
+
+        gpu.start_rows(state, columns)
+        return
+    reference.start_rows(state, columns)
+
+
 def decode_inputs(
     state: DecodeState, rows: Tensor, inputs: DecodeInputs, *, block_size: int
 ) -> None:
@@ -132,9 +152,11 @@ def fill_last_tokens(state: DecodeState, input_ids: Tensor) -> None:
 
 __all__ = [
     "BAD_LOGITS",
+    "NUM_COLUMNS",
     "DecodeInputs",
     "DecodeState",
     "append_tokens",
     "decode_inputs",
     "fill_last_tokens",
+    "start_rows",
 ]

@@ -225,6 +225,20 @@ def count_tokens(penalties: Penalties, rows: Tensor, token_ids: Tensor) -> None:
     penalties.occurrences[rows, token_ids] = torch.where(is_full, occurred, occurred + 1)
 
 
+def start_rows(state: DecodeState, columns: Tensor) -> None:
+    """Write the columns of new sequences into their rows."""
+    rows = columns[:, 0]
+    integers = (state.last_token, state.num_tokens, state.max_tokens, state.top_k, state.seeds)
+    for column, table in enumerate(integers, start=1):
+        table[rows] = columns[:, column].to(table.dtype)
+    floats = columns[:, 6:9].to(torch.int32).view(torch.float32)
+    for column, table in enumerate((state.temperature, state.top_p, state.min_p)):
+        table[rows] = floats[:, column]
+    state.stop_ids[rows] = columns[:, 9:]
+    state.is_active[rows] = 1
+    state.generated[rows] = -1
+
+
 def decode_inputs(
     state: DecodeState, rows: Tensor, inputs: DecodeInputs, *, block_size: int
 ) -> None:

@@ -21,11 +21,13 @@ from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm_kernels import (
     MAX_COUNT,
+    NUM_COLUMNS,
     PROMPT_FLAG,
     AttentionMetadata,
     DecodeState,
     Penalties,
     fill_last_tokens,
+    start_rows,
 )
 
 RING = 8  # tokens that a row may get in one launch
@@ -236,56 +238,47 @@ class Batch:
         if not new:
             return
         self.version += 1
-        rows = []
         for request in new:
             row = self._free_rows.pop()
             self.rows[request] = row
             self._num_blocks_sent[row] = 0
-            rows.append(row)
-        state, params = self.state, [request.sampling_params for request in new]
+        rows = [self.rows[request] for request in new]
         # After a preemption a sequence may come back with all but its last token cached: it
         # decodes at once, from a token that was sampled into another row.
-        rows_t, last, num_tokens, max_tokens, top_k, seeds, stop_ids = self.to_device(
-            rows,
-            [request.token_ids[-1] for request in new],
-            [request.num_tokens for request in new],
-            [request.max_num_tokens for request in new],
-            [max(p.top_k, 0) for p in params],
-            [_signed_64(request.seed) for request in new],
-            [i for request in new for i in _stop_ids(request)],
-        )
-        state.last_token[rows_t] = last
-        state.num_tokens[rows_t] = num_tokens.to(torch.int32)
-        state.max_tokens[rows_t] = max_tokens.to(torch.int32)
-        state.is_active[rows_t] = 1
-        state.generated[rows_t] = -1
-        state.stop_ids[rows_t] = stop_ids.view(-1, MAX_STOP_IDS)
-        state.top_k[rows_t] = top_k.to(torch.int32)
-        state.seeds[rows_t] = seeds
-        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params])
-        floats = floats.to(self.device, torch.float32)
-        for column, table in enumerate((state.temperature, state.top_p, state.min_p)):
-            table[rows_t] = floats[:, column]
+        params = [request.sampling_params for request in new]
+        floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
+        bits = floats.view(np.int32).tolist()
+        columns = [
+            (
+                row,
+                request.token_ids[-1],
+                request.num_tokens,
+                request.max_num_tokens,
+                max(p.top_k, 0),
+                _signed_64(request.seed),
+                *bits_of_row,
+                *_stop_ids(request),
+            )
+            for request, p, row, bits_of_row in zip(new, params, rows, bits, strict=True)
+        ]
+        (sent,) = self.to_device(np.array(columns, dtype=np.int64).ravel())
+        start_rows(self.state, sent.view(len(new), NUM_COLUMNS + MAX_STOP_IDS))
         if self._penalties is not None or any(request.has_penalties for request in new):
-            self._add_penalties(new, rows_t)
+            self._add_penalties(new)
 
-    def _add_penalties(self, new: Sequence[Request], rows: Tensor) -> None:
+    def _add_penalties(self, new: Sequence[Request]) -> None:
         """Fill the tables of the penalties for new rows.
 
         Occurrences only where they matter: nobody else reads them.
         """
         penalties, params = self.penalties, [request.sampling_params for request in new]
         columns = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params]
-        floats = torch.tensor(columns).to(self.device, torch.float32)
-        for column, table in enumerate(
-            (penalties.presence, penalties.frequency, penalties.repetition)
-        ):
-            table[rows] = floats[:, column]
         penalized = [request for request in new if request.has_penalties]
         prompts = [set(r.token_ids[: r.num_prompt_tokens]) for r in penalized]
         outputs = [Counter(r.output_token_ids) for r in penalized]
         numbers = [self.rows[request] for request in penalized]
-        whole, prompt_rows, prompt_ids, output_rows, output_ids, counts = self.to_device(
+        rows, whole, prompt_rows, prompt_ids, output_rows, output_ids, counts = self.to_device(
+            [self.rows[request] for request in new],
             numbers,
             np.repeat(numbers, [len(ids) for ids in prompts]),
             [i for ids in prompts for i in ids],
@@ -293,6 +286,11 @@ class Batch:
             [i for ids in outputs for i in ids],
             [min(count, MAX_COUNT) for ids in outputs for count in ids.values()],
         )
+        floats = torch.tensor(columns).to(self.device, torch.float32)
+        for column, table in enumerate(
+            (penalties.presence, penalties.frequency, penalties.repetition)
+        ):
+            table[rows] = floats[:, column]
         occurrences = penalties.occurrences
         occurrences[whole] = 0
         occurrences[output_rows, output_ids] = counts.to(occurrences.dtype)

@@ -108,6 +108,13 @@ class DecodeLoop:
             report = captured_report(bucket.logprobs, scheduled)
         return bucket.rows[: len(scheduled)], report
 
+    def rehearse(self, num_rows: int) -> None:
+        """Run a step of nobody: it reads weights and tables and changes nothing."""
+        bucket = self._find_bucket(num_rows)
+        bucket.rows.fill_(self._batch.null_row)
+        bucket.filled_for = None
+        self._step(bucket, bucket.metadata, SamplingKind(all_greedy=False, any_filter=False))
+
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs
         metadata.scratch.clear()

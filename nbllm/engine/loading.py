@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from nbllm.config import EngineConfig, ModelConfig
+from nbllm.engine.compile_ahead import compile_ahead
 from nbllm.engine.engine import Engine
 from nbllm.engine.kv_cache import resolve_config
 from nbllm.engine.model_runner import ModelRunner
 from nbllm.errors import InvalidRequestError, MissingCompilerError, ModelLoadError
-from nbllm.models import load_model
+from nbllm.models import allocate_model, fill_model
 from nbllm_kernels import release_threads, rms_norm
 
 
@@ -48,7 +49,7 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         )
     if device.type == "cuda":
         _launch_first_kernel(model_config, device, dtype)
-    model = load_model(
+    model = allocate_model(
         model_config,
         folder,
         dtype=dtype,
@@ -57,11 +58,23 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         max_model_len=config.max_model_len,
         batch_invariant=config.batch_invariant,
     )
-    kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
-    resolved = resolve_config(
-        config, model_config, device=device, dtype=dtype, kv_cache_dtype=kv_dtype
-    )
-    runner = ModelRunner(model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype)
+
+    def make_runner() -> tuple[EngineConfig, ModelRunner]:
+        kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
+        resolved = resolve_config(
+            config, model_config, device=device, dtype=dtype, kv_cache_dtype=kv_dtype
+        )
+        runner = ModelRunner(model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype)
+        return resolved, runner
+
+    if device.type == "cuda":
+        resolved, runner = make_runner()
+        with compile_ahead(runner):
+            fill_model(model, model_config, folder, load_format=load_format)
+        torch.cuda.synchronize(device)  # the weights came on another stream
+    else:  # where memory is taken by what is written, not by what is allocated
+        fill_model(model, model_config, folder, load_format=load_format)
+        resolved, runner = make_runner()
     release_threads()  # from here on the engine's thread computes
     return LoadedEngine(Engine(runner, resolved), model_config)
 

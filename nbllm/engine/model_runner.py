@@ -6,9 +6,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
 from nbllm_kernels import BAD_LOGITS
 
+_REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
+_REHEARSED_KINDS = [
+    SamplingKind(all_greedy=False, any_filter=True),
+    SamplingKind(all_greedy=True, any_filter=False),
+]
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 
 
@@ -184,6 +190,30 @@ class ModelRunner:
             # A copy of the rows at this point of the stream: the next step may give them away.
             generated = self.batch.state.generated.index_select(0, rows)
             return self._pend(PendingStep(output, sampled, generated, logprobs, None, result))
+
+    def rehearsals(self) -> list[Callable[[], None]]:
+        """Steps of nobody, and the longest part of one, for the kernels that they compile: what a
+        prompt, the tokens after it and the kinds of sampling need. Each may run in any thread."""
+        prompts = [partial(self.prompt_graphs.rehearse, n) for n in _REHEARSED_TOKENS]
+        steps: list[Callable[[], None]] = [
+            *prompts,
+            partial(self.decode_loop.rehearse, 1),
+            self._rehearse_sampling,
+        ]
+        return [partial(self._rehearse, step) for step in steps]
+
+    @torch.inference_mode()
+    def _rehearse(self, step: Callable[[], None]) -> None:
+        with self._on_stream():
+            step()
+
+    def _rehearse_sampling(self) -> None:
+        dtype = next(self.model.parameters()).dtype
+        logits = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.device)
+        rows = torch.tensor([self.batch.null_row], device=self.device)
+        for kind in _REHEARSED_KINDS:
+            params = kind.tensors(self.batch.state, rows, rows)
+            draw(logits, rows, params, kind, self.batch)
 
     @torch.inference_mode()
     def prepare_next(self) -> bool:

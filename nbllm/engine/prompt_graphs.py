@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from nbllm.engine.batch import Batch, StepInput
@@ -28,7 +29,7 @@ from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import AttentionMetadata, DecodeInputs, decode_inputs
 
-_MIN_TOKENS = 16
+_MIN_TOKENS = 32  # up to 16 rows the products have kernels of their own, which take long to compile
 _TOKENS = 512  # multiples of it are sizes, and powers of two below
 _MIN_SEQS = 8
 _SEQS_FACTOR = 4  # from one number of sequences to the next
@@ -106,6 +107,19 @@ class PromptGraphs:
         if kind.any_logprob and bucket.logprobs is not None:
             report = captured_report(bucket.logprobs, step.sampled)
         return step, report
+
+    def rehearse(self, num_tokens: int) -> None:
+        """Run a step of nobody: it reads weights and tables and changes nothing."""
+        bucket = self._make_bucket(_Size(num_tokens, 0, _MIN_SEQS))
+        nothing = np.zeros(0, dtype=np.int64)
+        num_blocks = bucket.metadata.block_tables.shape[1]
+        arrays = dict.fromkeys(bucket.buffers.tensors, nothing)
+        arrays |= {
+            "query_start_loc": np.zeros(1, dtype=np.int64),
+            "block_tables": np.zeros((0, num_blocks), dtype=np.int64),
+        }
+        bucket.buffers.send(arrays, self._batch.null_row)
+        self._step(bucket, SamplingKind(all_greedy=False, any_filter=False))
 
     def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state

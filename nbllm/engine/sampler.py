@@ -51,8 +51,8 @@ class SamplingKind:
 
     all_greedy: bool
     any_filter: bool
-    any_penalty: bool
-    any_logprob: bool
+    any_penalty: bool = False
+    any_logprob: bool = False
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledRequest]) -> SamplingKind:

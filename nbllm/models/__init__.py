@@ -1,4 +1,4 @@
-"""Models: one file per structure; `load_model` builds the right one and fills it."""
+"""Models: one file per structure; `allocate_model` builds the right one, `fill_model` loads it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _model_class(architecture: str) -> Callable[..., CausalLM]:
 
 
 @torch.no_grad()
-def load_model(
+def allocate_model(
     config: ModelConfig,
     folder: Path,
     *,
@@ -59,19 +59,18 @@ def load_model(
     max_model_len: int | None = None,
     batch_invariant: bool = False,
 ) -> CausalLM:
-    """Build a model and load its weights, or make random ones.
+    """Build a model whose weights have their memory and hold anything.
 
     Args:
         config: the model's shape.
         folder: where the weights are.
         dtype, device: of the parameters.
-        load_format: "auto", "safetensors", "pt", or "dummy": normal random numbers with a
-            standard deviation of 0.02 from a fixed seed; `folder` is not read.
+        load_format: as in `fill_model`.
         max_model_len: longest sequence; default what the model was made for.
         batch_invariant: see `nbllm_kernels.linear`.
 
     Raises:
-        ModelLoadError: files or tensors are missing, broken or of the wrong shape.
+        ModelLoadError: files are missing, or too small for the configuration.
         OutOfMemoryError: the weights do not fit on the device.
         InvalidRequestError: the model has no positions for `max_model_len` tokens.
     """
@@ -88,13 +87,31 @@ def load_model(
             f"the weights need {size:.1f} GiB in {dtype}, which are not free on {device}; "
             "take a smaller model or dtype, or free memory"
         ) from error
+    model.prepare(device)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_model(
+    model: CausalLM, config: ModelConfig, folder: Path, *, load_format: str = "auto"
+) -> None:
+    """Load the weights, or make random ones.
+
+    Args:
+        model: from `allocate_model`.
+        config: its shape.
+        folder: where the weights are.
+        load_format: "auto", "safetensors", "pt", or "dummy": normal random numbers with a
+            standard deviation of 0.02 from a fixed seed; `folder` is not read.
+
+    Raises:
+        ModelLoadError: files or tensors are missing, broken or of the wrong shape.
+    """
     if load_format == "dummy":
-        _fill_randomly(model, config, device)
+        _fill_randomly(model, config)
     else:
         model.load_weights(iterate_weights(folder, load_format))
-    model.prepare(device)
     pack_weights(model)
-    return model.eval()
 
 
 def _check_size(num_parameters: int, files: list[Path]) -> None:
@@ -108,7 +125,8 @@ def _check_size(num_parameters: int, files: list[Path]) -> None:
         )
 
 
-def _fill_randomly(model: CausalLM, config: ModelConfig, device: torch.device) -> None:
+def _fill_randomly(model: CausalLM, config: ModelConfig) -> None:
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
@@ -117,4 +135,4 @@ def _fill_randomly(model: CausalLM, config: ModelConfig, device: torch.device) -
             parameter.normal_(0.0, 0.02, generator=generator)
 
 
-__all__ = ["CausalLM", "ModelLoadError", "build_model", "load_model"]
+__all__ = ["CausalLM", "ModelLoadError", "allocate_model", "build_model", "fill_model"]

@@ -17,14 +17,14 @@ from nbllm_kernels import AttentionMetadata
 class CausalLM(nn.Module):
     """A decoder-only language model over a paged KV cache.
 
-    Its life: built on the meta device, `to_empty`, `load_weights`, `prepare`, then `forward` and
+    Its life: built on the meta device, `to_empty`, `prepare`, `load_weights`, then `forward` and
     `compute_logits` once per step. It holds no state of requests.
     """
 
     lm_head: LanguageModelHead
 
     def prepare(self, device: torch.device) -> None:
-        """Compute tables that no checkpoint holds, once the weights are there; most need none."""
+        """Compute tables that no checkpoint holds; most models need none."""
 
     @abstractmethod
     def forward(

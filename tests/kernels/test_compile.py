@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -35,6 +36,7 @@ def compile_kernel(
         if name.endswith("_ptr") or name in ("stride_q_token", "stride_x_row", "stride_weight_row"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
+    options = {"enable_fp_fusion": True} | options  # as all launches say
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -109,7 +111,6 @@ def compile_skinny(
         "LAUNCH_PDL": True,
     }
     options: dict[str, Any] = {"num_warps": shape.num_warps, "launch_pdl": True}
-    options["enable_fp_fusion"] = True
     kernel = gemv_kernel if isinstance(shape, GemvShape) else skinny_matmul_kernel
     if isinstance(shape, GemvShape):
         constants |= {"ROWS": num_rows, "CHUNKS": shape.chunks}
@@ -155,7 +156,6 @@ def test_attention_compiles_for_hopper_without_spills(
     is_decode: bool,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernel = compile_attention(dtype, head_dim, group, is_decode=is_decode)
     ptx = kernel.asm["ptx"]
     if dtype == torch.bfloat16 and not is_decode:
@@ -169,7 +169,6 @@ def test_attention_to_float8_compiles_for_hopper_without_spills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_dim: int, is_decode: bool
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernel = compile_attention(
         torch.bfloat16, head_dim, 2, is_decode=is_decode, cache_dtype=torch.float8_e4m3fn
     )
@@ -201,3 +200,46 @@ def test_skinny_products_compile_for_hopper_without_spills(
     assert weights  # requested while the kernel before still runs
     assert "st.global" not in before
     assert "mma" in after or num_rows < 16
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "constants"),
+    [
+        (
+            "decode_state._start_rows_kernel",
+            {"temperature_ptr": "*fp32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+            | dict.fromkeys(
+                ("num_tokens_ptr", "max_tokens_ptr", "top_k_ptr", "is_active_ptr"), "*i32"
+            ),
+            {
+                "NUM_COLUMNS": 9,
+                "NUM_STOP_IDS": 8,
+                "PADDED_STOP_IDS": 8,
+                "RING": 8,
+                "PADDED_RING": 8,
+            },
+        ),
+        ("decode_state._fill_last_tokens_kernel", {"num_tokens": "i32"}, {"TOKENS": 1024}),
+        (
+            "penalties._apply_penalties_kernel",
+            {"logits_ptr": "*bf16", "occurrences_ptr": "*i16", "stride_logits": "i32"}
+            | dict.fromkeys(
+                ("presence_ptr", "frequency_ptr", "repetition_ptr", "out_ptr"), "*fp32"
+            ),
+            {"VOCAB_SIZE": 151936, "BLOCK": 4096},
+        ),
+        ("penalties._count_tokens_kernel", {"occurrences_ptr": "*i16"}, {"VOCAB_SIZE": 151936}),
+    ],
+)
+def test_kernels_of_tables_compile_for_hopper(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    module, kernel_name = name.split(".")
+    kernel = getattr(importlib.import_module(f"nbllm_kernels.gpu.{module}"), kernel_name)
+    all_types = dict.fromkeys(kernel.arg_names, "*i64") | types
+    assert compile_kernel(kernel, all_types, constants, num_warps=4).asm["cubin"]

@@ -104,6 +104,39 @@ def test_the_kernels_do_what_the_reference_does(
 
 
 @pytest.mark.gpu
+def test_new_sequences_get_their_rows_and_nobody_elses_change(device: torch.device) -> None:
+    from nbllm_kernels.gpu import decode_state as gpu
+
+    before, floats = make_state(2), torch.tensor([[0.7, 0.9, 0.1], [0.0, 1.0, 0.0]])
+    bits = floats.view(torch.int32)
+    columns = torch.tensor(
+        [
+            [4, 11, 12, 13, 14, -15, *bits[0].tolist(), 5, -1, -1],
+            [1, 21, 22, 23, 24, 1 << 62, *bits[1].tolist(), 6, 7, 8],
+        ]
+    )
+    actual, expected = copy_to(before, device), copy_to(before, torch.device("cpu"))
+    gpu.start_rows(actual, columns.to(device))
+    reference.start_rows(expected, columns)
+    assert_equal(actual, expected)
+    rows = [4, 1]
+    assert expected.last_token[rows].tolist() == [11, 21]
+    assert expected.num_tokens[rows].tolist() == [12, 22]
+    assert expected.max_tokens[rows].tolist() == [13, 23]
+    assert expected.top_k[rows].tolist() == [14, 24]
+    assert expected.seeds[rows].tolist() == [-15, 1 << 62]
+    sampling = torch.stack([expected.temperature, expected.top_p, expected.min_p], dim=1)
+    assert torch.equal(sampling[rows], floats)
+    assert expected.stop_ids[rows].tolist() == [[5, -1, -1], [6, 7, 8]]
+    assert expected.is_active[rows].tolist() == [1, 1]
+    assert (expected.generated[rows] == -1).all()
+    others = [0, 2, 3, 5, 6]
+    for field in fields(before):
+        old, new = getattr(before, field.name), getattr(expected, field.name)
+        assert torch.equal(old[others], new[others])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 5, 1024, 3000])
 def test_rows_in_the_place_of_tokens_become_their_last_tokens(
     device: torch.device, num_tokens: int

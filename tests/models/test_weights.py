@@ -13,13 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nbllm import LLM, ModelLoadError, SamplingParams
+from nbllm.config import ModelConfig
 from nbllm.model_config import read_model_config
-from nbllm.models import load_model
+from nbllm.models import CausalLM, allocate_model, fill_model
 from nbllm.models.weights import iterate_weights, weight_files
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 PROMPT = [5, 17, 300, 44, 123]
 CPU = torch.device("cpu")
+
+
+def load_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> CausalLM:
+    model = allocate_model(config, folder, dtype=dtype, device=CPU)
+    fill_model(model, config, folder)
+    return model
 
 
 @pytest.fixture
@@ -84,7 +91,7 @@ def test_a_stored_dtype_becomes_the_one_that_is_asked_for(
     config = read_model_config(folder)
     expected = {item.name: item.tensor for item in iterate_weights(folder)}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        model = load_model(config, folder, dtype=dtype, device=CPU)
+        model = load_model(config, folder, dtype)
         parameters = dict(model.named_parameters())
         assert {p.dtype for p in parameters.values()} == {dtype}
         norm = expected["model.norm.weight"].to(dtype)
@@ -135,6 +142,6 @@ def test_a_tensor_that_overflows_the_dtype_is_named(
     tensors["model.norm.weight"][3] = 1e20
     save_file(tensors, folder / "model.safetensors")
     config = read_model_config(folder)
-    load_model(config, folder, dtype=torch.bfloat16, device=CPU)
+    load_model(config, folder, torch.bfloat16)
     with pytest.raises(ModelLoadError, match=r"model\.norm\.weight: .*infinity in torch\.float16"):
-        load_model(config, folder, dtype=torch.float16, device=CPU)
+        load_model(config, folder, torch.float16)

@@ -81,6 +81,13 @@ def _act_and_mul(x: Tensor, activation: str) -> Tensor:
     if out.numel():
         grid = (rows.shape[0], triton.cdiv(size, _BLOCK))
         _act_and_mul_kernel[grid](
-            rows, out, rows.stride(0), SIZE=size, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
+            rows,
+            out,
+            rows.stride(0),
+            SIZE=size,
+            ACTIVATION=activation,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

@@ -1,4 +1,4 @@
-"""decode_inputs, append_tokens: a program for each row. fill_last_tokens: one for many tokens."""
+"""A program for each row; in `fill_last_tokens` one for many tokens."""
 
 from __future__ import annotations
 
@@ -6,11 +6,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nbllm_kernels.decode_state import BAD_LOGITS, DecodeInputs, DecodeState
+from nbllm_kernels.decode_state import BAD_LOGITS, NUM_COLUMNS, DecodeInputs, DecodeState
 
 _BAD_LOGITS = tl.constexpr(BAD_LOGITS)
 _BLOCK = 128  # entries of a block table at a time
 _TOKENS = 1024
+
+
+@triton.jit
+def _start_rows_kernel(
+    columns_ptr: tl.tensor,  # [N, NUM_COLUMNS + NUM_STOP_IDS] int64
+    last_token_ptr: tl.tensor,
+    num_tokens_ptr: tl.tensor,
+    max_tokens_ptr: tl.tensor,
+    top_k_ptr: tl.tensor,
+    seeds_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    top_p_ptr: tl.tensor,
+    min_p_ptr: tl.tensor,
+    stop_ids_ptr: tl.tensor,  # [num_rows, NUM_STOP_IDS] int64
+    is_active_ptr: tl.tensor,
+    generated_ptr: tl.tensor,  # [num_rows, RING] int64
+    NUM_COLUMNS: tl.constexpr,
+    NUM_STOP_IDS: tl.constexpr,
+    PADDED_STOP_IDS: tl.constexpr,
+    RING: tl.constexpr,
+    PADDED_RING: tl.constexpr,
+) -> None:
+    columns_ptr += tl.program_id(0) * (NUM_COLUMNS + NUM_STOP_IDS)
+    row = tl.load(columns_ptr)
+    tl.store(last_token_ptr + row, tl.load(columns_ptr + 1))
+    tl.store(num_tokens_ptr + row, tl.load(columns_ptr + 2).to(tl.int32))
+    tl.store(max_tokens_ptr + row, tl.load(columns_ptr + 3).to(tl.int32))
+    tl.store(top_k_ptr + row, tl.load(columns_ptr + 4).to(tl.int32))
+    tl.store(seeds_ptr + row, tl.load(columns_ptr + 5))
+    bits = tl.load(columns_ptr + 6).to(tl.int32)
+    tl.store(temperature_ptr + row, bits.to(tl.float32, bitcast=True))
+    bits = tl.load(columns_ptr + 7).to(tl.int32)
+    tl.store(top_p_ptr + row, bits.to(tl.float32, bitcast=True))
+    bits = tl.load(columns_ptr + 8).to(tl.int32)
+    tl.store(min_p_ptr + row, bits.to(tl.float32, bitcast=True))
+    stop = tl.arange(0, PADDED_STOP_IDS)
+    mask = stop < NUM_STOP_IDS
+    ids = tl.load(columns_ptr + NUM_COLUMNS + stop, mask=mask)
+    tl.store(stop_ids_ptr + row * NUM_STOP_IDS + stop, ids, mask=mask)
+    tl.store(is_active_ptr + row, 1)
+    place = tl.arange(0, PADDED_RING)
+    nothing = tl.full((PADDED_RING,), -1, tl.int64)
+    tl.store(generated_ptr + row * RING + place, nothing, mask=place < RING)
+
+
+def start_rows(state: DecodeState, columns: Tensor) -> None:
+    """See `nbllm_kernels.start_rows`."""
+    num_stop_ids, ring = state.stop_ids.shape[1], state.generated.shape[1]
+    _start_rows_kernel[(columns.shape[0],)](
+        columns,
+        state.last_token,
+        state.num_tokens,
+        state.max_tokens,
+        state.top_k,
+        state.seeds,
+        state.temperature,
+        state.top_p,
+        state.min_p,
+        state.stop_ids,
+        state.is_active,
+        state.generated,
+        NUM_COLUMNS=NUM_COLUMNS,
+        NUM_STOP_IDS=num_stop_ids,
+        PADDED_STOP_IDS=triton.next_power_of_2(num_stop_ids),
+        RING=ring,
+        PADDED_RING=triton.next_power_of_2(ring),
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
 
 
 @triton.jit
@@ -95,6 +164,7 @@ def decode_inputs(
         PAGE_SIZE=block_size,
         BLOCK=_BLOCK,
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 
@@ -149,6 +219,7 @@ def append_tokens(state: DecodeState, rows: Tensor, token_ids: Tensor) -> None:
         PADDED_STOP_IDS=triton.next_power_of_2(num_stop_ids),
         RING=state.generated.shape[1],
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 
@@ -170,5 +241,5 @@ def fill_last_tokens(state: DecodeState, input_ids: Tensor) -> None:
     """See `nbllm_kernels.fill_last_tokens`."""
     num_tokens = input_ids.shape[0]
     _fill_last_tokens_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
-        input_ids, state.last_token, num_tokens, TOKENS=_TOKENS, num_warps=4
+        input_ids, state.last_token, num_tokens, TOKENS=_TOKENS, num_warps=4, enable_fp_fusion=True
     )

@@ -108,6 +108,7 @@ def matmul_batch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None
         BLOCK_K=block_k,
         PRECISION="ieee",
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=4,
     )
     return out

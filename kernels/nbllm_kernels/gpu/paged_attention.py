@@ -117,6 +117,7 @@ def _launch_chunks(
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",
         num_warps=shape.num_warps,
+        enable_fp_fusion=True,
         num_stages=shape.num_stages,
     )
 

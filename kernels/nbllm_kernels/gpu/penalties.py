@@ -66,6 +66,7 @@ def apply_penalties(logits: Tensor, rows: Tensor, penalties: Penalties) -> Tenso
             VOCAB_SIZE=vocab_size,
             BLOCK=_BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -99,7 +100,12 @@ def count_tokens(penalties: Penalties, rows: Tensor, token_ids: Tensor) -> None:
     require_index("token_ids", token_ids, (num_rows,), torch.int64, rows.device)
     if num_rows:
         _count_tokens_kernel[(num_rows,)](
-            rows, token_ids, penalties.occurrences, VOCAB_SIZE=vocab_size, num_warps=1
+            rows,
+            token_ids,
+            penalties.occurrences,
+            VOCAB_SIZE=vocab_size,
+            num_warps=1,
+            enable_fp_fusion=True,
         )
 
 

@@ -37,8 +37,8 @@ _enabled = True
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch that takes part in the protocol, if the device can."""
     if _enabled and _has_programmatic_launch(device):
-        return {"LAUNCH_PDL": True, "launch_pdl": True}
-    return {"LAUNCH_PDL": False}
+        return {"LAUNCH_PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
+    return {"LAUNCH_PDL": False, "enable_fp_fusion": True}
 
 
 @contextlib.contextmanager

@@ -113,6 +113,7 @@ def rms_norm(
             HAS_RESIDUAL=residual is not None,
             SCALE_IN_FLOAT32=weight_offset != 0.0,
             num_warps=4 if block <= 4096 else 8 if block <= 8192 else 16,
+            enable_fp_fusion=True,
         )
     return out if residual is None else (out, total)
 

@@ -307,6 +307,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
             VOCAB_SIZE=vocab_size,
             BLOCK=_BLOCK,
             num_warps=8,
+            enable_fp_fusion=True,
         )
     _draw_kernel[(num_rows, num_tiles)](
         logits,
@@ -324,6 +325,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
         ALL_GREEDY=params.all_greedy,
         ANY_FILTER=any_filter,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _combine_kernel[(num_rows,)](
         values,
@@ -332,6 +334,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
         NUM_TILES=num_tiles,
         PADDED_TILES=triton.next_power_of_2(num_tiles),
         num_warps=1,
+        enable_fp_fusion=True,
     )
     return tokens
 

@@ -165,7 +165,6 @@ def skinny_linear(
         "HAS_RESIDUAL": residual is not None,
         "ACTIVATION": activation,
         "TRIGGER_EARLY": norm is None or activation != "none",
-        "enable_fp_fusion": True,
         **launch_options(x.device),
     }
     grid = (triton.cdiv(out_features, shape.block_n),)

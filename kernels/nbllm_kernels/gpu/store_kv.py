@@ -90,6 +90,7 @@ def store_kv(
         BLOCK_HEADS=block_heads,
         PADDED_DIM=padded_dim,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

@@ -1,0 +1,47 @@
+"""compile_ahead: kernels are compiled while the weights are being loaded.
+
+The first launch of a kernel compiles it, and the first text would wait for a dozen of them, one
+after the other. So steps of nobody are run meanwhile, on weights that hold anything: they write to
+no slot and sample for nobody, but they launch what the first prompt and the tokens after it will.
+Each has a thread of its own: the compiler leaves the interpreter's lock to others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nbllm.engine.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def compile_ahead(runner: ModelRunner) -> Iterator[None]:
+    """Run steps of nobody in threads of their own, and wait for them at the end.
+
+    What fails there fails again where somebody hears of it.
+
+    Args:
+        runner: not used by others before the end.
+    """
+    threads = [
+        threading.Thread(target=_try, args=(run,), name="nbllm-compile", daemon=True)
+        for run in runner.rehearsals()
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def _try(run: Callable[[], None]) -> None:
+    try:
+        run()
+    except Exception as error:
+        logger.debug("a step of nobody failed", exc_info=error)
