@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Union
 
@@ -39,50 +39,73 @@ class EncodedPrompt:
     error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A prompt that a chat template has made: its special tokens are in the text."""
+
+    text: str
+
+
 def is_single_prompt(prompts: Any) -> bool:
     """True for one prompt, False for a collection of prompts."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, Mapping, RenderedChat)):
         return True
     if isinstance(prompts, Sequence) and len(prompts) > 0:
         return all(_is_token_id(item) for item in prompts)
     return False
 
 
-def encode_prompts(
-    prompts: Sequence[Any], encode_batch: Callable[[list[str]], list[list[int]]] | None
-) -> list[EncodedPrompt]:
+EncodeBatch = Callable[[list[str], bool], list[list[int]]]
+"""Texts, and whether special tokens are added -> the token ids of each."""
+
+
+def encode_prompts(prompts: Sequence[Any], encode_batch: EncodeBatch | None) -> list[EncodedPrompt]:
     """Tokenize many prompts at once; what is wrong with one of them becomes its own `error`.
 
     Args:
-        prompts: in any of the forms of `Prompt`.
+        prompts: in any of the forms of `Prompt`, rendered chats, or encoded already.
         encode_batch: the tokenizer's, or None with `skip_tokenizer_init`.
     """
-    rows: list[EncodedPrompt | str] = []
+    rows: list[EncodedPrompt | RenderedChat | str] = []
     for prompt in prompts:
         try:
             rows.append(_parse(prompt))
         except InvalidRequestError as error:
             rows.append(EncodedPrompt(prompt if isinstance(prompt, str) else None, [], error))
     texts = [row for row in rows if isinstance(row, str)]
-    if texts and encode_batch is None:
+    chats = [row.text for row in rows if isinstance(row, RenderedChat)]
+    if (texts or chats) and encode_batch is None:
         missing = InvalidRequestError(
             "a text prompt needs a tokenizer, and skip_tokenizer_init=True: pass token ids",
             parameter="prompts",
         )
-        return [EncodedPrompt(r, [], missing) if isinstance(r, str) else r for r in rows]
-    encoded = iter(_encode_each(texts, encode_batch) if encode_batch is not None else ())
-    return [next(encoded) if isinstance(row, str) else row for row in rows]
+        return [
+            r
+            if isinstance(r, EncodedPrompt)
+            else EncodedPrompt(r if isinstance(r, str) else r.text, [], missing)
+            for r in rows
+        ]
+    encoded_texts = _encode_each(texts, True, encode_batch)
+    encoded_chats = _encode_each(chats, False, encode_batch)
+    return [
+        row
+        if isinstance(row, EncodedPrompt)
+        else next(encoded_texts if isinstance(row, str) else encoded_chats)
+        for row in rows
+    ]
 
 
 def _encode_each(
-    texts: list[str], encode_batch: Callable[[list[str]], list[list[int]]]
-) -> Iterable[EncodedPrompt]:
+    texts: list[str], add_special_tokens: bool, encode_batch: EncodeBatch | None
+) -> Iterator[EncodedPrompt]:
+    if not texts or encode_batch is None:
+        return
     try:
-        ids = encode_batch(texts)
+        ids = encode_batch(texts, add_special_tokens)
     except Exception:  # one text that can't be encoded must not take the others along
         if len(texts) > 1:
             for text in texts:
-                yield from _encode_each([text], encode_batch)
+                yield from _encode_each([text], add_special_tokens, encode_batch)
             return
         error = InvalidRequestError("the tokenizer can't encode this text", parameter="prompts")
         yield EncodedPrompt(texts[0], [], error)
@@ -91,8 +114,10 @@ def _encode_each(
         yield EncodedPrompt(text, token_ids)
 
 
-def _parse(prompt: Any) -> EncodedPrompt | str:
+def _parse(prompt: Any) -> EncodedPrompt | RenderedChat | str:
     """Text to be tokenized, or the row as it is."""
+    if isinstance(prompt, (EncodedPrompt, RenderedChat)):
+        return prompt
     if isinstance(prompt, Mapping):
         if isinstance(prompt.get("prompt_token_ids"), Sequence):
             text = prompt.get("prompt")

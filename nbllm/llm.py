@@ -27,7 +27,14 @@ from nbllm.generation_call import (
     raise_errors,
 )
 from nbllm.hub import resolve_model
-from nbllm.inputs import EncodedPrompt, Prompt, RequestFactory, encode_prompts, is_single_prompt
+from nbllm.inputs import (
+    EncodedPrompt,
+    Prompt,
+    RenderedChat,
+    RequestFactory,
+    encode_prompts,
+    is_single_prompt,
+)
 from nbllm.notebook_cell import NotebookCell, current_cell
 from nbllm.output_processor import make_stop_checker
 from nbllm.outputs import BeamSearchOutput, RequestOutput
@@ -263,7 +270,7 @@ class LLM:
             messages: `{"role": ..., "content": ...}` dicts.
             sampling_params: as in `generate`.
             use_tqdm: as in `generate`.
-            **template_options: as in `encode_chat`.
+            **template_options: as in `render_chat`.
 
         Raises:
             InvalidRequestError: there is no chat template, or it refuses a single conversation.
@@ -274,7 +281,7 @@ class LLM:
         for conversation in conversations:
             try:
                 prompts.append(
-                    self.encode_chat(cast("Sequence[Message]", conversation), **template_options)
+                    self.render_chat(cast("Sequence[Message]", conversation), **template_options)
                 )
             except InvalidRequestError as error:
                 if is_single:
@@ -284,7 +291,15 @@ class LLM:
             prompts[0] if is_single else prompts, sampling_params, use_tqdm=use_tqdm
         )
 
-    def encode_chat(
+    def encode_chat(self, messages: Sequence[Message], **template_options: Any) -> dict[str, Any]:
+        """Render and tokenize a conversation: `{"prompt": text, "prompt_token_ids": ids}`.
+
+        Arguments and errors are those of `render_chat`.
+        """
+        text = self.render_chat(messages, **template_options).text
+        return {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, False)}
+
+    def render_chat(
         self,
         messages: Sequence[Message],
         *,
@@ -293,8 +308,8 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Render a conversation to a prompt: `{"prompt": text, "prompt_token_ids": ids}`.
+    ) -> RenderedChat:
+        """Render a conversation to a prompt of `generate`, which tokenizes many of them at once.
 
         Args:
             messages: the conversation.
@@ -316,7 +331,7 @@ class LLM:
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, False)}
+        return RenderedChat(text)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
@@ -409,10 +424,8 @@ class LLM:
         return make_rows(prompts, sampling_params, priority)
 
     def _encode(self, prompts: list[Any]) -> list[EncodedPrompt]:
-        rows = [prompt for prompt in prompts if not isinstance(prompt, EncodedPrompt)]
         encode_batch = self._tokenizer.encode_batch if self._tokenizer is not None else None
-        encoded = iter(encode_prompts(rows, encode_batch))
-        return [p if isinstance(p, EncodedPrompt) else next(encoded) for p in prompts]
+        return encode_prompts(prompts, encode_batch)
 
 
 def _close_earlier_run(cell: NotebookCell | None) -> None:

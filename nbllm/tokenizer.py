@@ -17,6 +17,7 @@ from nbllm.chat_template import render_chat_template
 from nbllm.detokenizer import IncrementalDetokenizer
 from nbllm.errors import InvalidRequestError, ModelLoadError
 from nbllm.model_files import find_file, has_file, read_json
+from nbllm.prefix_encoder import PrefixEncoder
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
@@ -55,6 +56,7 @@ class Tokenizer:
         chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
         self.backend = fast
+        self._prefix_encoder = PrefixEncoder(fast)
         self.special_tokens = dict(special_tokens or {})
         if isinstance(chat_template, str):
             chat_template = {"default": chat_template}
@@ -110,11 +112,8 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Token ids of many texts, on all cores."""
-        encodings = self.backend.encode_batch_fast(
-            list(texts), add_special_tokens=add_special_tokens
-        )
-        return [encoding.ids for encoding in encodings]
+        """Token ids of many texts, on all cores; what they begin with in common is done once."""
+        return self._prefix_encoder.encode_batch(texts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""

@@ -27,7 +27,7 @@ CONFIG = {
 }
 
 
-def encode_batch(texts: list[str]) -> list[list[int]]:
+def encode_batch(texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
     for text in texts:
         if "!" in text:
             raise UnicodeError("no way")

@@ -167,6 +167,7 @@ class _Job:
 
     Attributes:
         answers: a text, a list of texts, or None.
+        rows: positions of the rows that are answered, in the order in which the engine gets them.
         errors: why a row has no answer, by position.
         num_missing: rows whose values are missing.
     """
@@ -187,6 +188,8 @@ class _Job:
         self.rows = [
             row for row, prompt in enumerate(prompts) if prompt is not None and known[row] is None
         ]
+        # What begins alike is computed together, wherever it stands in the frame.
+        self.rows.sort(key=lambda row: prompts[row] if isinstance(prompts[row], str) else "")
         self._prompts = prompts
         self._system = system
         if chat == "auto":
@@ -204,7 +207,7 @@ class _Job:
 
     def run(self, bar: ProgressBar) -> None:
         """Fill `answers` and `errors`."""
-        prompts = (self._encode(self._prompts[row]) for row in self.rows)
+        prompts = (self._render(self._prompts[row]) for row in self.rows)
         with self.llm._call(self.llm._rows(prompts, self._params, None)) as call:
             call.run(self._keep, bar)
 
@@ -227,7 +230,7 @@ class _Job:
             texts = [completion.text for completion in output.outputs]
             self.answers[row] = texts[0] if len(texts) == 1 else texts
 
-    def _encode(self, prompt: Any) -> Any:
+    def _render(self, prompt: Any) -> Any:
         if isinstance(prompt, InvalidRequestError):
             return EncodedPrompt(None, [], prompt)
         messages = prompt if is_conversation(prompt) else None
@@ -238,7 +241,7 @@ class _Job:
         if self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
         try:
-            return self.llm.encode_chat(messages)
+            return self.llm.render_chat(messages)
         except InvalidRequestError as error:
             return EncodedPrompt(None, [], error)
 

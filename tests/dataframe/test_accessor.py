@@ -188,6 +188,24 @@ def test_missing_values_can_be_refused(llm: LLM) -> None:
         frame.llm.generate("q", na="raise")
 
 
+def test_rows_that_begin_alike_reach_the_engine_one_after_the_other(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = pd.DataFrame({"q": ["Name a fruit.", "Add 3 and 4.", None, "Name a bird.", "Add 5."]})
+    seen: list[Any] = []
+    rows = llm._rows
+
+    def spy(prompts: Any, *others: Any) -> Any:
+        seen.extend(prompts := list(prompts))
+        return rows(prompts, *others)
+
+    monkeypatch.setattr(llm, "_rows", spy)
+    result = frame.llm.generate("q", GREEDY, chat=False, llm=llm)
+    assert seen == ["Add 3 and 4.", "Add 5.", "Name a bird.", "Name a fruit."]
+    alone = [llm.generate(q, GREEDY)[0].outputs[0].text for q in frame["q"] if q is not None]
+    assert result["llm"].dropna().tolist() == alone
+
+
 class InterruptingBar:
     """A progress bar behind which the user presses Ctrl-C after the first row."""
 
