@@ -37,7 +37,7 @@ ONLY_IN = {  # package -> where it may be imported
     "ipywidgets": ("nbllm.widgets",),
     "traitlets": ("nbllm.widgets",),
     "jinja2": ("nbllm.chat_template", "nbllm.template_sandbox"),
-    "tokenizers": ("nbllm.tokenizer",),
+    "tokenizers": ("nbllm.tokenizer", "nbllm.prefix_encoder"),
     "triton": ("nbllm_kernels",),
 }
 MAX_LINES = 360  # about 350, that is

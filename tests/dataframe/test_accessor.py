@@ -202,7 +202,7 @@ def test_rows_that_begin_alike_reach_the_engine_one_after_the_other(
     monkeypatch.setattr(llm, "_rows", spy)
     result = frame.llm.generate("q", GREEDY, chat=False, llm=llm)
     assert seen == ["Add 3 and 4.", "Add 5.", "Name a bird.", "Name a fruit."]
-    alone = [llm.generate(q, GREEDY)[0].outputs[0].text for q in frame["q"] if q is not None]
+    alone = [llm.generate(q, GREEDY)[0].outputs[0].text for q in frame["q"].dropna()]
     assert result["llm"].dropna().tolist() == alone
 
 
