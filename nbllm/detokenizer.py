@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6  # of the prompt: decoders treat the first token of a text differently
+_MIN_TOKENS_AT_ONCE = 3
 _MAX_CHAR_TOKENS = 4  # a character has at most so many bytes, so it is spread over so many tokens
 
 
@@ -77,6 +78,8 @@ class IncrementalDetokenizer:
     def push(self, token_ids: Sequence[int]) -> str:
         """Take new ids; returns the text that became certain."""
         num_pieces = self._begin()
+        if len(token_ids) >= _MIN_TOKENS_AT_ONCE and self._read_at_once(token_ids):
+            return "".join(self._pieces[num_pieces:])
         for token_id in token_ids:
             if self.stop_reason is not None:
                 break
@@ -99,6 +102,26 @@ class IncrementalDetokenizer:
         if len(self._pieces) > 1000:
             self._pieces = ["".join(self._pieces)]
         return len(self._pieces)
+
+    def _read_at_once(self, token_ids: Sequence[int]) -> bool:
+        """Take many ids in one go, if that gives the same; False if it is not known to.
+
+        The bytes of byte-level tokens lie one behind the other. As long as no character is
+        incomplete, and nobody looks for its end, the text is theirs.
+        """
+        if self._finder is not None or not self._tokenizer.is_byte_level:
+            return False
+        ids = self._window + [i for i in token_ids if i not in self._skipped_ids]
+        text = self._decode(ids)
+        start = len(self._read_text)
+        if not text.startswith(self._read_text) or _REPLACEMENT in text[start:]:
+            return False
+        self._num_tokens += len(token_ids)
+        self._emit(text[start:])
+        self._window = ids[-_CONTEXT_TOKENS:]
+        self._num_read = len(self._window)
+        self._read_text = self._decode(self._window)
+        return True
 
     def _read(self, token_id: int) -> None:
         self._window.append(token_id)

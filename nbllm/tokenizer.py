@@ -43,6 +43,7 @@ class Tokenizer:
     Attributes:
         special_tokens: as given.
         eos_token_id, bos_token_id: or None.
+        is_byte_level: tokens stand for bytes, which their text is the UTF-8 of.
         all_special_ids: ids that `skip_special_tokens` leaves out.
         chat_template: the default template, or None.
         chat_templates: all of them, by name.
@@ -64,6 +65,7 @@ class Tokenizer:
         self.chat_template = self.chat_templates.get("default")
         self.eos_token_id = self._special_id("eos_token")
         self.bos_token_id = self._special_id("bos_token")
+        self.is_byte_level = type(fast.decoder).__name__ == "ByteLevel"
         added = fast.get_added_tokens_decoder()
         self.all_special_ids = frozenset(i for i, token in added.items() if token.special)
 
