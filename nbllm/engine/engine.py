@@ -7,6 +7,7 @@ is its one caller.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ import torch
 
 from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
-from nbllm.engine.model_runner import ModelRunner, PendingStep, StepOutput
+from nbllm.engine.model_runner import ModelRunner
+from nbllm.engine.pending_step import PendingStep, StepOutput
 from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.scheduler import Scheduler
 from nbllm.engine.scheduler_output import SchedulerOutput
@@ -49,6 +51,8 @@ class Engine:
         self.scheduler = Scheduler(config, self.block_manager)
         self.check_integrity = check_integrity
         self._pending: deque[PendingStep] = deque()
+        self._step_s = 0.0  # of the last decoding step
+        self._last_result = 0.0  # when it arrived
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -86,9 +90,7 @@ class Engine:
         outputs = [pending.output for pending in self._pending]
         try:
             while len(self._pending) < self.runner.max_pending_steps:
-                output = self.scheduler.schedule(
-                    self.runner.max_steps, may_preempt=not self._pending
-                )
+                output = self.scheduler.schedule(self._max_steps, may_preempt=not self._pending)
                 outputs.append(output)
                 for request in output.released:
                     self.runner.batch.remove(request)
@@ -98,7 +100,9 @@ class Engine:
             if not self._pending:
                 return []
             pending = self._pending.popleft()
-            changed = self._apply(pending.output, pending.result())
+            result = pending.result()
+            self._observe(pending)
+            changed = self._apply(pending.output, result)
         except BaseException as error:  # whatever it is, the other requests go on
             return self._recover(outputs, error)
         if self.check_integrity:
@@ -151,6 +155,22 @@ class Engine:
                 for reason, count in self.finished_counts.items()
             },
         }
+
+    @property
+    def _max_steps(self) -> int:
+        """Steps in a row, as many as take no longer than they should."""
+        max_steps, max_launch_s = self.runner.max_steps, self.runner.max_launch_s
+        if max_launch_s is None or not self._step_s:
+            return max_steps
+        return max(min(max_steps, int(max_launch_s / self._step_s)), 1)
+
+    def _observe(self, pending: PendingStep) -> None:
+        """See how long a step takes in which all decode."""
+        now = time.monotonic()
+        if pending.output.only_decodes:
+            begin = max(pending.launched, self._last_result)  # it ran behind the one before
+            self._step_s = (now - begin) / pending.output.num_steps
+        self._last_result = now
 
     def _apply(self, output: SchedulerOutput, result: StepOutput) -> list[Request]:
         """Book a step that succeeded."""

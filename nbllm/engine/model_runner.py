@@ -6,13 +6,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,95 +21,20 @@ from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
+from nbllm.engine.pending_step import PendingStep, StepOutput
 from nbllm.engine.prompt_graphs import PromptGraphs
-from nbllm.engine.request import Request
 from nbllm.engine.sampler import SamplingKind, draw, find_dead_ends, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
-from nbllm.errors import RequestFailedError
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
-from nbllm_kernels import BAD_LOGITS
 
+_MAX_LAUNCH_S = 0.01
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
 _REHEARSED_KINDS = [
     SamplingKind(all_greedy=False, any_filter=True),
     SamplingKind(all_greedy=True, any_filter=False),
 ]
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """What a step produced.
-
-    Attributes:
-        sampled: the new tokens of each request whose last token was computed, one for every step
-            up to the one that ended it.
-        logprobs: log-probabilities at the sampled position, for requests that want them.
-        prompt_logprobs: those of the prompt tokens that this step scored, likewise.
-        failed: requests whose logits were not numbers, or that allow no token.
-    """
-
-    sampled: dict[Request, list[int]] = field(default_factory=dict)
-    logprobs: dict[Request, PositionLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[Request, list[PositionLogprobs]] = field(default_factory=dict)
-    failed: dict[Request, RequestFailedError] = field(default_factory=dict)
-
-    def forget(self, request: Request) -> None:
-        """Drop what is said of one request."""
-        for results in (self.sampled, self.logprobs, self.prompt_logprobs, self.failed):
-            results.pop(request, None)
-
-
-@dataclass(slots=True)
-class PendingStep:
-    """A step that was enqueued on the device.
-
-    Attributes:
-        output: what it computes.
-        sampled: the requests that it samples for.
-        generated: [len(sampled), RING] int64, their rows of `DecodeState.generated` after the
-            step; on its way to the host until `event`, as the next is.
-        logprobs: of those of `sampled` that report them, in order.
-        event: None where nothing runs behind the host's back.
-        result_so_far: what is known of the result already.
-    """
-
-    output: SchedulerOutput
-    sampled: Sequence[ScheduledRequest]
-    generated: Tensor
-    logprobs: LogprobReport | None
-    event: torch.cuda.Event | None
-    result_so_far: StepOutput
-
-    def result(self) -> StepOutput:
-        """Wait for the step, and put its result together."""
-        if self.event is not None:
-            self.event.synchronize()
-        result = self.result_so_far
-        if not self.sampled:
-            return result
-        first_positions = np.array([item.first_position for item in self.sampled])
-        positions = first_positions[:, None] + np.arange(self.output.num_steps)
-        entries = np.take_along_axis(self.generated.numpy(), positions % RING, axis=1)
-        entries = entries - BAD_LOGITS  # from zero on, so that the halves don't borrow
-        counts = (entries >> 32 == positions).sum(axis=1).tolist()
-        tokens = ((entries & 0xFFFF_FFFF) + BAD_LOGITS).tolist()
-        for item, row, count in zip(self.sampled, tokens, counts, strict=True):
-            request = item.request
-            if request in result.failed:
-                continue
-            if count and row[count - 1] == BAD_LOGITS:
-                result.failed[request] = RequestFailedError(
-                    "the model computed logits that are not numbers (NaN or infinite): "
-                    "the weights are damaged, or overflow in this dtype (try dtype='float32')"
-                )
-            else:
-                result.sampled[request] = row[:count]
-        if self.logprobs is not None:
-            requests = [i.request for i in self.sampled if i.request.reports_logprobs]
-            result.logprobs.update(zip(requests, self.logprobs.entries(), strict=True))
-        return result
 
 
 class ModelRunner:
@@ -125,6 +49,8 @@ class ModelRunner:
 
     Attributes:
         max_steps: steps that may run in a row, see `SchedulerOutput.num_steps`.
+        max_launch_s: seconds that they should take together, so that a new request need not wait
+            long for its turn; None is no bound.
         max_pending_steps: launches that may be enqueued at a time. With two, the device has
             something to do while the host takes a result and schedules what follows.
     """
@@ -162,6 +88,7 @@ class ModelRunner:
         self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs, model_config)
         self.prompt_graphs = PromptGraphs(model, self.batch, self.kv_caches, self.graphs)
         self.max_steps = RING if captures else 1
+        self.max_launch_s = _MAX_LAUNCH_S if captures else None
         self.max_pending_steps = 2 if on_gpu else 1
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
@@ -174,6 +101,7 @@ class ModelRunner:
 
         Several steps may be pending; they run in their order.
         """
+        launched = time.monotonic()
         with self._on_stream():
             self.batch.update([item.request for item in output.scheduled])
             result = StepOutput()
@@ -189,7 +117,8 @@ class ModelRunner:
                 sampled, rows = step.sampled, step.sampled_rows
             # A copy of the rows at this point of the stream: the next step may give them away.
             generated = self.batch.state.generated.index_select(0, rows)
-            return self._pend(PendingStep(output, sampled, generated, logprobs, None, result))
+            pending = PendingStep(output, sampled, generated, logprobs, None, result, launched)
+            return self._pend(pending)
 
     def rehearsals(self) -> list[Callable[[], None]]:
         """Steps of nobody, and the longest part of one, for the kernels that they compile: what a

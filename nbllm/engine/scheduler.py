@@ -80,6 +80,7 @@ class Scheduler:
         decodes: list[Request] = []
         prefills: list[ScheduledRequest] = []
         released, self._released = self._released, []
+        num_preemptions = self.num_preemptions
         lacks_pages = False
         for request in list(self.running):
             if not budget or request not in self.running:
@@ -95,7 +96,7 @@ class Scheduler:
             else:
                 prefills.append(self._book_tokens(request, budget))
                 budget -= prefills[-1].num_scheduled_tokens
-        if not lacks_pages:
+        if not lacks_pages and self.num_preemptions == num_preemptions:
             self._admit_waiting(budget, prefills)
         num_steps = self._reserve_steps(decodes, max_steps) if decodes and not prefills else 1
         scheduled = [self._book_steps(request, num_steps) for request in decodes] + prefills

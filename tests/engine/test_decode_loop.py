@@ -15,6 +15,7 @@ from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.engine import Engine
 from nbllm.engine.loading import load_engine
 from nbllm.engine.request import FinishReason, Request
+from nbllm.engine.scheduler_output import SchedulerOutput
 
 MakeEngine = Callable[..., Engine]
 MakeRequest = Callable[..., Request]
@@ -122,6 +123,27 @@ def test_replayed_steps_give_the_tokens_of_single_steps(
     assert any(size.num_decodes for kind, size, *_ in keys if kind == "prompt")
     assert engine.runner.graphs.num_replays > 20
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
+
+
+def test_steps_in_a_row_take_no_longer_than_they_should(
+    make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(**OPTIONS)
+    engine.runner.max_steps, engine.runner.max_launch_s = 8, 0.010
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    run_steps = engine.runner.decode_loop.run
+    in_a_row: list[int] = []
+
+    def slow(output: SchedulerOutput) -> Any:
+        in_a_row.append(output.num_steps)
+        now[0] += 0.003 * output.num_steps
+        return run_steps(output)
+
+    monkeypatch.setattr(engine.runner.decode_loop, "run", slow)
+    engine.add(make_request([5, 6, 7], max_tokens=21))
+    run(engine)
+    assert in_a_row == [8, 3, 3, 3, 3]
 
 
 def test_idle_time_captures_what_ran_once_and_runs_nothing(
