@@ -17,10 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-from nbllm_kernels import AttentionMetadata, SamplingTensors, reference
+from nbllm_kernels import AttentionMetadata, Penalties, SamplingTensors, reference
 from nbllm_kernels.gpu.activation import silu_and_mul
 from nbllm_kernels.gpu.matmul import matmul_batch_invariant
 from nbllm_kernels.gpu.paged_attention import paged_attention
+from nbllm_kernels.gpu.penalties import apply_penalties
 from nbllm_kernels.gpu.rms_norm import rms_norm
 from nbllm_kernels.gpu.rotary import rotary
 from nbllm_kernels.gpu.sampling import sample
@@ -59,11 +60,12 @@ def measure(
     print(row)
 
 
-def attention(num_seqs: int, query_len: int, seq_len: int) -> None:
+def attention(num_seqs: int, query_len: int, seq_len: int, *, fp8: bool = False) -> None:
     pages = seq_len // PAGE
     tables = torch.randperm(num_seqs * pages, device="cuda").int().view(num_seqs, pages)
     shape = (num_seqs * pages, KV_HEADS, PAGE, HEAD_DIM)
-    keys, values = random(*shape), random(*shape)
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    keys, values = random(*shape).to(dtype), random(*shape).to(dtype)
     query = random(num_seqs * query_len, HEADS, HEAD_DIM)
     starts = torch.arange(num_seqs + 1, device="cuda", dtype=torch.int32) * query_len
     metadata = AttentionMetadata(
@@ -77,7 +79,7 @@ def attention(num_seqs: int, query_len: int, seq_len: int) -> None:
     )
     visible = query_len * seq_len - query_len * (query_len - 1) // 2
     measure(
-        f"paged_attention {num_seqs} x {query_len} of {seq_len}",
+        f"paged_attention {num_seqs} x {query_len} of {seq_len}{', fp8' if fp8 else ''}",
         lambda: paged_attention(query, keys, values, metadata, scale=SCALE),
         lambda: reference.paged_attention(query, keys, values, metadata, scale=SCALE),
         2 * keys.nbytes + 2 * query.nbytes,
@@ -127,6 +129,20 @@ def small_ops(num_tokens: int) -> None:
 
 def sampling(num_rows: int) -> None:
     logits = random(num_rows, VOCAB, dtype=torch.float32) * 3
+    penalties = Penalties(
+        occurrences=torch.zeros(num_rows, VOCAB, dtype=torch.int16, device="cuda"),
+        presence=torch.full((num_rows,), 0.5, device="cuda"),
+        frequency=torch.zeros(num_rows, device="cuda"),
+        repetition=torch.full((num_rows,), 1.1, device="cuda"),
+    )
+    penalties.occurrences[:, ::100] = 2
+    rows = torch.arange(num_rows, device="cuda")
+    measure(
+        f"apply_penalties, {num_rows} rows",
+        lambda: apply_penalties(logits, rows, penalties),
+        lambda: reference.apply_penalties(logits, rows, penalties),
+        2 * logits.nbytes + penalties.occurrences.nbytes,
+    )
     for name, temperature, top_p in (
         ("greedy", 0.0, 1.0),
         ("plain", 0.8, 1.0),
@@ -165,6 +181,7 @@ def main() -> None:
     ceilings()
     for num_seqs, query_len, seq_len in ((1, 1, 512), (1, 1, 4096), (256, 1, 1024)):
         attention(num_seqs, query_len, seq_len)
+        attention(num_seqs, query_len, seq_len, fp8=True)
     for num_seqs, query_len, seq_len in ((16, 1024, 1024), (4, 512, 4096)):
         attention(num_seqs, query_len, seq_len)
     small_ops(16_384)
