@@ -53,6 +53,20 @@ def test_greedy_takes_the_lowest_of_the_best_ids(
     assert tokens.tolist() == [expected[0], vocab_size // 2, -1, expected[3]]
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 50.0])
+@pytest.mark.parametrize("vocab_size", [5, 2048, 20_001])
+def test_tokens_without_filters_equal_those_of_the_reference(
+    random_tensor: Callable[..., Tensor], device: torch.device, vocab_size: int, spread: float
+) -> None:
+    from nbllm_kernels.gpu.sampling import sample
+
+    logits = random_tensor(24, vocab_size, seed=vocab_size) * spread
+    logits[:8, vocab_size // 3 :] = -torch.inf  # whole tiles
+    logits[8:12] -= 1e6
+    params = make_params(device, [0.7, 0.0, 1.0, 1.9] * 6, seed=vocab_size)
+    assert sample(logits, params).tolist() == reference.sample(logits, params).tolist()
+
+
 @pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
 def test_noise_is_that_of_the_hash(device: torch.device, vocab_size: int) -> None:
     """Flat logits: the token is the argmax of the noise alone."""

@@ -37,10 +37,15 @@ def noise_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def hash_ids(ids: tl.tensor, key_0: tl.tensor, key_1: tl.tensor) -> tl.tensor:
+    """The 32-bit hash of each of a block of ids (int32)."""
+    return _mix(_mix(ids.to(tl.uint32) + key_0) ^ key_1)
+
+
+@triton.jit
 def gumbel_noise(ids: tl.tensor, key_0: tl.tensor, key_1: tl.tensor) -> tl.tensor:
     """float32 noise of a block of ids (int32)."""
-    hashed = _mix(_mix(ids.to(tl.uint32) + key_0) ^ key_1)
-    w = (hashed >> 1).to(tl.int32).to(tl.float32)
+    w = (hash_ids(ids, key_0, key_1) >> 1).to(tl.int32).to(tl.float32)
     w = tl.minimum((w + 0.5) * _UNIT, _LARGEST_W)
     return -tl.log(-_log1p_minus(w))
 

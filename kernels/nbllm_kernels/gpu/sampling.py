@@ -1,10 +1,11 @@
 """sample: filters by search instead of sorting, then the Gumbel draw over the whole device.
 
-Three kernels. `_threshold_kernel` (only if some row filters) has one program per row: it finds, by
+Where some row filters, three kernels. `_threshold_kernel` has one program per row: it finds, by
 repeated four-way search over the order of the floats, the smallest logit that min_p, top_k and
 top_p leave. `_draw_kernel` splits each row's vocabulary into tiles and takes the best of
-logit / temperature + noise in each; `_combine_kernel` takes the best tile. Equal values go to the
-lowest id everywhere. A row's token depends on that row alone.
+logit / temperature + noise in each; `_combine_kernel` takes the best tile. Without noise the last
+two do, and without filters those of `bounded_draw`. Equal values go to the lowest id everywhere. A
+row's token depends on that row alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nbllm_kernels.gpu.bounded_draw import bound_kernel, scaled_logits, settle_kernel
 from nbllm_kernels.gpu.gumbel import gumbel_noise, noise_keys
 from nbllm_kernels.gpu.validation import require, require_float, require_index
 from nbllm_kernels.sampling_tensors import SamplingTensors
@@ -23,18 +25,6 @@ _MAX_VOCAB_SIZE = 1 << 24
 
 _LOWEST_KEY = tl.constexpr(-0x7F800000)  # of the lowest finite float; -inf is just below
 _NO_LIMIT = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _scaled_logits(
-    logits_ptr: tl.tensor, ids: tl.tensor, temperature: tl.tensor, VOCAB_SIZE: tl.constexpr
-) -> tl.tensor:
-    """logits / temperature (as they are where it is 0); NaN and what lies past the end: -inf."""
-    x = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    divisor = tl.where(temperature == 0.0, 1.0, temperature)
-    # Adding zero makes -0 a 0, which equals it but has other bits.
-    return tl.div_rn(x, tl.zeros_like(x) + divisor) + 0.0
 
 
 @triton.jit
@@ -64,7 +54,7 @@ def _measure(
     m1 = tl.zeros((BLOCK,), dtype=tl.float32)
     m2 = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, VOCAB_SIZE, BLOCK):
-        x = _scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
+        x = scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
         key = _order_key(x)
         mass = tl.exp(x - highest)
         n0 += (key >= k0).to(tl.int32)
@@ -161,7 +151,7 @@ def _threshold_kernel(
     offsets = tl.arange(0, BLOCK)
     maxima = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for first in range(0, VOCAB_SIZE, BLOCK):
-        x = _scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
+        x = scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
         maxima = tl.maximum(maxima, x)
     highest = tl.max(maxima, axis=0)
     if highest == float("-inf"):
@@ -195,7 +185,7 @@ def _threshold_kernel(
             seen = 0
             for first in range(0, VOCAB_SIZE, BLOCK):
                 key = _order_key(
-                    _scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
+                    scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE)
                 )
                 tied = ((key >= low) & (key < sure)).to(tl.int32)
                 rank = seen + tl.cumsum(tied, axis=0)
@@ -230,10 +220,10 @@ def _draw_kernel(
     logits_ptr += row * stride_row
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     if ALL_GREEDY:
-        value = _scaled_logits(logits_ptr, ids, 0.0, VOCAB_SIZE)
+        value = scaled_logits(logits_ptr, ids, 0.0, VOCAB_SIZE)
     else:
         temperature = tl.load(temperature_ptr + row)
-        value = _scaled_logits(logits_ptr, ids, temperature, VOCAB_SIZE)
+        value = scaled_logits(logits_ptr, ids, temperature, VOCAB_SIZE)
         if temperature != 0.0:
             if ANY_FILTER:
                 key = _order_key(value)
@@ -288,6 +278,9 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     if num_rows == 0:
         return tokens
     num_tiles = triton.cdiv(vocab_size, _BLOCK)
+    if not (params.all_greedy or params.any_filter):
+        _draw_by_bounds(logits, temperature, params, tokens, num_tiles)
+        return tokens
     values = torch.empty((num_rows, num_tiles), dtype=torch.float32, device=device)
     ids = torch.empty((num_rows, num_tiles), dtype=torch.int32, device=device)
     any_filter = params.any_filter and not params.all_greedy
@@ -337,6 +330,40 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
         enable_fp_fusion=True,
     )
     return tokens
+
+
+def _draw_by_bounds(
+    logits: Tensor, temperature: Tensor, params: SamplingTensors, tokens: Tensor, num_tiles: int
+) -> None:
+    num_rows, vocab_size = logits.shape
+    bounds = torch.empty((num_rows, num_tiles), dtype=torch.float32, device=logits.device)
+    bound_kernel[(num_rows, num_tiles)](
+        logits,
+        temperature,
+        params.seeds,
+        params.positions,
+        bounds,
+        logits.stride(0),
+        VOCAB_SIZE=vocab_size,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    settle_kernel[(num_rows,)](
+        logits,
+        temperature,
+        params.seeds,
+        params.positions,
+        bounds,
+        tokens,
+        logits.stride(0),
+        VOCAB_SIZE=vocab_size,
+        BLOCK=_BLOCK,
+        NUM_TILES=num_tiles,
+        PADDED_TILES=triton.next_power_of_2(num_tiles),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 def _check(logits: Tensor, params: SamplingTensors) -> tuple[int, int]:
