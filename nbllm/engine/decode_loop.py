@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class _Bucket:
     metadata: AttentionMetadata
     cascade: AttentionMetadata | None  # the same with a shared prefix
     logprobs: LogprobTensors | None = None
+    kind: SamplingKind = field(default_factory=SamplingKind)
     filled_for: tuple[int, list[int]] | None = None
     shares: bool = False
 
@@ -90,9 +91,9 @@ class DecodeLoop:
             reported of the tokens.
         """
         scheduled = output.scheduled
-        kind = SamplingKind.of(scheduled)
         bucket = self._find_bucket(len(scheduled))
         self._fill(bucket, scheduled)
+        kind = bucket.kind
         metadata = bucket.metadata
         if bucket.shares and bucket.cascade is not None:
             metadata = bucket.cascade
@@ -113,7 +114,7 @@ class DecodeLoop:
         bucket = self._find_bucket(num_rows)
         bucket.rows.fill_(self._batch.null_row)
         bucket.filled_for = None
-        self._step(bucket, bucket.metadata, SamplingKind(all_greedy=False, any_filter=False))
+        self._step(bucket, bucket.metadata, SamplingKind())
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs
@@ -132,6 +133,7 @@ class DecodeLoop:
         if bucket.filled_for == filled_for:
             return
         bucket.filled_for = filled_for
+        bucket.kind = SamplingKind.of(scheduled)
         padding = [batch.null_row] * (len(bucket.rows) - len(rows))
         bucket.rows.copy_(batch.to_device(rows + padding)[0])
         bucket.shares = False

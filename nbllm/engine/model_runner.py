@@ -31,8 +31,8 @@ from nbllm.outputs import PositionLogprobs
 _MAX_LAUNCH_S = 0.01
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
 _REHEARSED_KINDS = [
-    SamplingKind(all_greedy=False, any_filter=True),
-    SamplingKind(all_greedy=True, any_filter=False),
+    SamplingKind(any_filter=True),
+    SamplingKind(all_greedy=True),
 ]
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 

@@ -119,7 +119,7 @@ class PromptGraphs:
             "block_tables": np.zeros((0, num_blocks), dtype=np.int64),
         }
         bucket.buffers.send(arrays, self._batch.null_row)
-        self._step(bucket, SamplingKind(all_greedy=False, any_filter=False))
+        self._step(bucket, SamplingKind())
 
     def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state

@@ -49,8 +49,8 @@ class SamplingKind:
         any_logprob: some row reports log-probabilities.
     """
 
-    all_greedy: bool
-    any_filter: bool
+    all_greedy: bool = False
+    any_filter: bool = False
     any_penalty: bool = False
     any_logprob: bool = False
 
