@@ -232,13 +232,15 @@ def test_skinny_products_compile_for_hopper_without_spills(
             "bounded_draw.bound_kernel",
             {"logits_ptr": "*bf16", "stride_row": "i32"}
             | dict.fromkeys(("temperature_ptr", "bound_ptr"), "*fp32"),
-            {"VOCAB_SIZE": 151936, "BLOCK": 2048},
+            {"VOCAB_SIZE": 151936, "BLOCK": 2048, "HAS_FILTER": False},
         ),
         (
             "bounded_draw.settle_kernel",
             {"logits_ptr": "*bf16", "stride_row": "i32"}
-            | dict.fromkeys(("temperature_ptr", "bound_ptr"), "*fp32"),
-            {"VOCAB_SIZE": 151936, "BLOCK": 2048, "NUM_TILES": 75, "PADDED_TILES": 128},
+            | dict.fromkeys(("temperature_ptr", "bound_ptr"), "*fp32")
+            | dict.fromkeys(("sure_ptr", "tied_ptr", "limit_ptr"), "*i32"),
+            {"VOCAB_SIZE": 151936, "BLOCK": 2048, "NUM_TILES": 75, "PADDED_TILES": 128}
+            | {"HAS_FILTER": True},
         ),
         ("penalties._count_tokens_kernel", {"occurrences_ptr": "*i16"}, {"VOCAB_SIZE": 151936}),
     ],

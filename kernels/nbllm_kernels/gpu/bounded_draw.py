@@ -1,4 +1,4 @@
-"""The Gumbel draw without filters: an upper bound for every id, the exact value for a few.
+"""The Gumbel draw: an upper bound for every id, the exact value for a few.
 
 Exact noise takes two logarithms, a series and a division for each id of the vocabulary. But
 -log(-log(1 - w)) lies below -log(w), and close to it where it is large, which is where the draw is
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from nbllm_kernels.gpu.gumbel import gumbel_noise, hash_ids, noise_keys
+from nbllm_kernels.gpu.scaled_logits import from_order_key, order_key, scaled_logits
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _EXPONENT_BIAS = tl.constexpr(127)
@@ -30,27 +31,17 @@ def _noise_bound(hashed: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def scaled_logits(
-    logits_ptr: tl.tensor, ids: tl.tensor, temperature: tl.tensor, VOCAB_SIZE: tl.constexpr
-) -> tl.tensor:
-    """logits / temperature (as they are where it is 0); NaN and what lies past the end: -inf."""
-    x = tl.load(logits_ptr + ids, mask=ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    divisor = tl.where(temperature == 0.0, 1.0, temperature)
-    # Adding zero makes -0 a 0, which equals it but has other bits.
-    return tl.div_rn(x, tl.zeros_like(x) + divisor) + 0.0
-
-
-@triton.jit
 def bound_kernel(
     logits_ptr: tl.tensor,  # [N, VOCAB_SIZE]
     temperature_ptr: tl.tensor,  # [N] float32
     seeds_ptr: tl.tensor,  # [N] int64
     positions_ptr: tl.tensor,  # [N] int64
+    tied_ptr: tl.tensor,  # [N] int32, if HAS_FILTER: see threshold_kernel
     bound_ptr: tl.tensor,  # [N, num_tiles] float32; infinity for a tile with NaN or infinity
     stride_row: tl.tensor,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_FILTER: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -65,7 +56,13 @@ def bound_kernel(
         key_0, key_1 = noise_keys(
             zero + tl.load(seeds_ptr + row), zero + tl.load(positions_ptr + row)
         )
-        value = x * (1.0 / temperature) + _noise_bound(hash_ids(ids, key_0, key_1))
+        value = x * (1.0 / temperature)
+        bound = value + _noise_bound(hash_ids(ids, key_0, key_1))
+        if HAS_FILTER:  # what rounding may have put below the border stays
+            border = from_order_key(tl.load(tied_ptr + row))
+            border -= 1e-6 * tl.abs(border) + 1e-30
+            bound = tl.where(value >= border, bound, float("-inf"))
+        value = bound
     # Neither NaN nor infinity is below infinity.
     highest = tl.max(tl.where(x < float("inf"), value, float("inf")), axis=0)
     # More than what rounding can be wrong by, here and in the exact value.
@@ -80,6 +77,9 @@ def settle_kernel(
     temperature_ptr: tl.tensor,  # [N] float32
     seeds_ptr: tl.tensor,  # [N] int64
     positions_ptr: tl.tensor,  # [N] int64
+    sure_ptr: tl.tensor,  # [N] int32, if HAS_FILTER: see threshold_kernel
+    tied_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
     bound_ptr: tl.tensor,  # [N, NUM_TILES] float32
     token_ptr: tl.tensor,  # [N] int64; -1 for a row from which nothing can be drawn
     stride_row: tl.tensor,
@@ -87,6 +87,7 @@ def settle_kernel(
     BLOCK: tl.constexpr,
     NUM_TILES: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    HAS_FILTER: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
@@ -107,6 +108,11 @@ def settle_kernel(
         ids = tile * BLOCK + tl.arange(0, BLOCK)
         value = scaled_logits(logits_ptr, ids, temperature, VOCAB_SIZE)
         if temperature != 0.0:
+            if HAS_FILTER:
+                key = order_key(value)
+                sure, tied = tl.load(sure_ptr + row), tl.load(tied_ptr + row)
+                kept = (key >= sure) | ((key >= tied) & (ids <= tl.load(limit_ptr + row)))
+                value = tl.where(kept, value, float("-inf"))
             value += gumbel_noise(ids, key_0, key_1)
         here = tl.max(value, axis=0)
         first = tile * BLOCK + tl.argmax(value, axis=0, tie_break_left=True)

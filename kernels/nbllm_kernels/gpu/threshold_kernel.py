@@ -9,17 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nbllm_kernels.gpu.bounded_draw import scaled_logits
+from nbllm_kernels.gpu.scaled_logits import order_key, scaled_logits
 
 _LOWEST_KEY = tl.constexpr(-0x7F800000)  # of the lowest finite float; -inf is just below
 _NO_LIMIT = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def order_key(x: tl.tensor) -> tl.tensor:
-    """An int32 for each float32 that orders like it."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
