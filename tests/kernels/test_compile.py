@@ -242,6 +242,14 @@ def test_skinny_products_compile_for_hopper_without_spills(
             {"VOCAB_SIZE": 151936, "BLOCK": 2048, "NUM_TILES": 75, "PADDED_TILES": 128}
             | {"HAS_FILTER": True},
         ),
+        (
+            "shortlist_kernel.shortlist_kernel",
+            {"logits_ptr": "*bf16", "stride_row": "i32", "value_ptr": "*fp32"}
+            | dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32")
+            | dict.fromkeys(("top_k_ptr", "sure_ptr", "tied_ptr", "limit_ptr"), "*i32")
+            | dict.fromkeys(("is_left_ptr", "id_ptr"), "*i32"),
+            {"VOCAB_SIZE": 151936, "BLOCK": 2048, "CAPACITY": 4096},
+        ),
         ("penalties._count_tokens_kernel", {"occurrences_ptr": "*i16"}, {"VOCAB_SIZE": 151936}),
     ],
 )
@@ -256,4 +264,5 @@ def test_kernels_of_tables_compile_for_hopper(
     module, kernel_name = name.split(".")
     kernel = getattr(importlib.import_module(f"nbllm_kernels.gpu.{module}"), kernel_name)
     all_types = dict.fromkeys(kernel.arg_names, "*i64") | types
-    assert compile_kernel(kernel, all_types, constants, num_warps=4).asm["cubin"]
+    cubin = compile_kernel(kernel, all_types, constants, num_warps=16).asm["cubin"]
+    assert stack_bytes(cubin, tmp_path) == 0

@@ -104,6 +104,44 @@ def test_filtered_tokens_equal_those_of_the_reference(
     assert torch.equal(sample(logits.clone(), params), reference.sample(logits, params))
 
 
+@pytest.mark.parametrize(
+    ("spread", "top_k", "top_p"),
+    [
+        (0.1, 0, 0.5),  # too many are nearly as likely as the best
+        (0.1, 6000, 1.0),
+        (6.0, 4500, 1.0),  # the border lies below those that are listed
+        (6.0, 0, 0.99999),
+        (6.0, 0, 0.9),
+        (6.0, 200, 0.99),
+    ],
+)
+def test_a_border_is_found_among_the_largest_or_else_among_all(
+    random_tensor: Callable[..., Tensor],
+    device: torch.device,
+    spread: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    from nbllm_kernels.gpu.sampling import _find_thresholds, sample
+
+    logits = random_tensor(2, 9000, seed=top_k) * spread
+    params = make_params(device, [1.0, 0.8], top_k=top_k, top_p=top_p)
+    assert torch.equal(sample(logits, params), reference.sample(logits, params))
+    sure, tied, limit = (x[:, None] for x in _find_thresholds(logits, params.temperature, params))
+    scaled = logits / params.temperature[:, None]
+    bits = scaled.view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = torch.arange(logits.shape[1], device=device)
+    kept = (keys >= sure) | ((keys >= tied) & (ids <= limit))
+    expected = reference.filter_logits(scaled, params.top_k, params.top_p, params.min_p)
+    differing = kept != ~torch.isinf(expected)
+    if top_p == 1.0:
+        assert not differing.any()
+    # Where sums are rounded differently, an edge of top_p moves: by hardly any mass.
+    mass = (torch.softmax(scaled, dim=-1) * differing).sum(dim=-1)
+    assert float(mass.max()) < 1e-5 or int(differing.sum(dim=-1).max()) == 1
+
+
 def test_ties_at_the_edge_of_top_p_go_to_the_lowest_ids(device: torch.device) -> None:
     from nbllm_kernels.gpu.sampling import sample
 

@@ -1,9 +1,9 @@
 """sample: filters by search instead of sorting, then the draw over the whole device.
 
-Where some row filters, `threshold_kernel` finds the smallest logit that min_p, top_k and top_p
-leave. Then the kernels of `bounded_draw` draw. Without noise `_best_kernel` splits each row's
-vocabulary into tiles and takes the best of each; `_combine_kernel` takes the best tile. Equal
-values go to the lowest id everywhere. A row's token depends on that row alone.
+Where some row filters, the smallest logit is found that min_p, top_k and top_p leave, see
+`threshold_search`. Then the kernels of `bounded_draw` draw. Without noise `_best_kernel` splits
+each row's vocabulary into tiles and takes the best of each; `_combine_kernel` takes the best tile.
+Equal values go to the lowest id everywhere. A row's token depends on that row alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from nbllm_kernels.gpu.bounded_draw import bound_kernel, settle_kernel
 from nbllm_kernels.gpu.scaled_logits import scaled_logits
+from nbllm_kernels.gpu.shortlist_kernel import shortlist_kernel
 from nbllm_kernels.gpu.threshold_kernel import threshold_kernel
 from nbllm_kernels.gpu.validation import require, require_float, require_index
 from nbllm_kernels.sampling_tensors import SamplingTensors
 
 _BLOCK = 2048  # ids at a time
+_CAPACITY = 4096  # most likely ids among which a border is searched for first
 _MAX_VOCAB_SIZE = 1 << 24
 
 
@@ -154,17 +156,40 @@ def _find_thresholds(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sure`, `tied` and `limit` of `threshold_kernel`, for each row."""
     num_rows, vocab_size = logits.shape
-    found = torch.empty((3, num_rows), dtype=torch.int32, device=logits.device)
-    sure, tied, limit = found
+    device = logits.device
+    sure, tied, limit, is_left = torch.empty((4, num_rows), dtype=torch.int32, device=device)
+    values = torch.empty((num_rows, _CAPACITY), dtype=torch.float32, device=device)
+    ids = torch.empty((num_rows, _CAPACITY), dtype=torch.int32, device=device)
+    top_p, min_p = params.top_p.contiguous(), params.min_p.contiguous()
+    shortlist_kernel[(num_rows,)](
+        logits,
+        temperature,
+        params.top_k,
+        top_p,
+        min_p,
+        sure,
+        tied,
+        limit,
+        is_left,
+        values,
+        ids,
+        logits.stride(0),
+        VOCAB_SIZE=vocab_size,
+        BLOCK=_BLOCK,
+        CAPACITY=_CAPACITY,
+        num_warps=16,
+        enable_fp_fusion=True,
+    )
     threshold_kernel[(num_rows,)](
         logits,
         temperature,
         params.top_k,
-        params.top_p.contiguous(),
-        params.min_p.contiguous(),
+        top_p,
+        min_p,
         sure,
         tied,
         limit,
+        is_left,
         logits.stride(0),
         VOCAB_SIZE=vocab_size,
         BLOCK=_BLOCK,
