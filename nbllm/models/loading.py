@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbllm.errors import ModelLoadError
+from nbllm.models.upload import Upload
 from nbllm.models.weights import CheckpointTensor
 
 _LISTED = 8  # names in an error message
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_parameters(
@@ -40,6 +39,7 @@ def load_parameters(
             that has another shape or dtype, or holds NaN or infinity.
     """
     parameters = dict(model.named_parameters())
+    upload = Upload(next(iter(parameters.values())).device)
     missing = {name: parameter.numel() for name, parameter in parameters.items()}
     seen: set[str] = set()
     unexpected: list[str] = []
@@ -61,8 +61,9 @@ def load_parameters(
             continue
         if tensor.ndim == 2 and any(part in name for part in transposed):
             tensor = tensor.t()
-        _copy(tensor, parameters[name].data[rows], where)
+        upload.copy(tensor, parameters[name].data[rows], where)
         missing[name] -= tensor.numel()
+    upload.finish()
     lacking = sorted(name for name, count in missing.items() if count)
     if lacking or unexpected:
         raise ModelLoadError(
@@ -79,21 +80,6 @@ def _fuse(name: str, fused: Mapping[str, tuple[str, int, int]]) -> tuple[str, sl
         return name, slice(None)
     target, start, size = fused[module]
     return f"{head}.{target}.{leaf}", slice(start, start + size)
-
-
-def _copy(source: Tensor, destination: Tensor, where: str) -> None:
-    if source.dtype not in _DTYPES:
-        raise ModelLoadError(
-            f"{where}: dtype {source.dtype} is not supported (float32, float16, bfloat16 are)"
-        )
-    if destination.shape != source.shape:
-        raise ModelLoadError(
-            f"{where}: shape {tuple(source.shape)}, and config.json says {tuple(destination.shape)}"
-        )
-    destination.copy_(source)
-    # Both ends are NaN if anything is; one pass, twenty times as fast as isfinite().
-    if not torch.isfinite(torch.stack(destination.aminmax())).all():
-        raise ModelLoadError(f"{where}: contains NaN or infinity in {destination.dtype}")
 
 
 def _list(names: Sequence[str]) -> str:
