@@ -72,6 +72,7 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         with compile_ahead(runner):
             fill_model(model, model_config, folder, load_format=load_format)
         torch.cuda.synchronize(device)  # the weights came on another stream
+        torch._C._cuda_clearCublasWorkspaces()  # there is one for each thread that has ended
     else:  # where memory is taken by what is written, not by what is allocated
         fill_model(model, model_config, folder, load_format=load_format)
         resolved, runner = make_runner()
