@@ -54,7 +54,7 @@ def test_greedy_takes_the_lowest_of_the_best_ids(
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 50.0])
-@pytest.mark.parametrize("vocab_size", [5, 2048, 20_001])
+@pytest.mark.parametrize("vocab_size", [5, 8193])
 def test_tokens_without_filters_equal_those_of_the_reference(
     random_tensor: Callable[..., Tensor], device: torch.device, vocab_size: int, spread: float
 ) -> None:
