@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nbllm_kernels.gpu.gumbel import gumbel_noise, hash_ids, noise_keys
+from nbllm_kernels.gpu.gumbel import gumbel_noise, hash_ids, row_noise_keys
 from nbllm_kernels.gpu.scaled_logits import from_order_key, order_key, scaled_logits
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -52,10 +52,7 @@ def bound_kernel(
     temperature = tl.load(temperature_ptr + row)
     value = x
     if temperature != 0.0:
-        zero = tl.zeros((1,), dtype=tl.int64)
-        key_0, key_1 = noise_keys(
-            zero + tl.load(seeds_ptr + row), zero + tl.load(positions_ptr + row)
-        )
+        key_0, key_1 = row_noise_keys(seeds_ptr, positions_ptr, row)
         value = x * (1.0 / temperature)
         bound = value + _noise_bound(hash_ids(ids, key_0, key_1))
         if HAS_FILTER:  # what rounding may have put below the border stays
@@ -92,8 +89,7 @@ def settle_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
     temperature = tl.load(temperature_ptr + row)
-    zero = tl.zeros((1,), dtype=tl.int64)
-    key_0, key_1 = noise_keys(zero + tl.load(seeds_ptr + row), zero + tl.load(positions_ptr + row))
+    key_0, key_1 = row_noise_keys(seeds_ptr, positions_ptr, row)
     tiles = tl.arange(0, PADDED_TILES)
     bounds = tl.load(
         bound_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=float("-inf")

@@ -37,6 +37,13 @@ def noise_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def row_noise_keys(seeds_ptr: tl.tensor, positions_ptr: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """The keys of one row, blocks of one."""
+    zero = tl.zeros((1,), dtype=tl.int64)
+    return noise_keys(zero + tl.load(seeds_ptr + row), zero + tl.load(positions_ptr + row))
+
+
+@triton.jit
 def hash_ids(ids: tl.tensor, key_0: tl.tensor, key_1: tl.tensor) -> tl.tensor:
     """The 32-bit hash of each of a block of ids (int32)."""
     return _mix(_mix(ids.to(tl.uint32) + key_0) ^ key_1)

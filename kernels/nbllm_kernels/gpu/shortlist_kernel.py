@@ -9,19 +9,12 @@ from nbllm_kernels.gpu.scaled_logits import order_key, scaled_logits
 from nbllm_kernels.gpu.threshold_search import (
     LOWEST_KEY,
     NO_LIMIT,
-    count_kept,
+    find_border,
     find_highest,
     key_range,
-    search,
 )
 
 _LISTED_RANGE = tl.constexpr(10.0)  # below the highest: to a 20,000th of its probability
-
-
-@triton.jit
-def _lowest_listed(keys: tl.tensor, places: tl.tensor, num_listed: tl.tensor) -> tl.tensor:
-    """int64: the smallest key of a list, with all of which the search begins."""
-    return tl.min(tl.where(places < num_listed, keys, NO_LIMIT), axis=0).to(tl.int64)
 
 
 @triton.jit
@@ -94,55 +87,36 @@ def shortlist_kernel(
     listed_mass = tl.sum(masses, axis=0)
     is_cut_by_k = (top_k > 0) & (top_k < count)
     lies_below = tl.where(is_cut_by_k, num_listed < top_k, listed_mass < top_p * mass)
-    if lies_below & (is_cut_by_k | (top_p < 1.0)):
-        tl.store(is_left_ptr + row, 1)
-        return
-    if is_cut_by_k:
-        listed_low = tl.maximum(low, _lowest_listed(keys, places, num_listed))
-        low, _k_high, _k_tied, count, mass, _k_mass = search(
-            logits_ptr,
-            temperature,
-            highest,
-            keys,
-            masses,
-            listed_low,
-            high,
-            num_listed,
-            listed_mass,
-            top_k,
-            0.0,
-            VOCAB_SIZE,
-            BLOCK,
-            True,
-        )
-    sure = low
+    if is_cut_by_k | (top_p < 1.0):
+        if lies_below:
+            tl.store(is_left_ptr + row, 1)
+            return
+        lowest_listed = tl.min(tl.where(places < num_listed, keys, NO_LIMIT), axis=0)
+        low = tl.maximum(low, lowest_listed.to(tl.int64))
+    low, sure, num_kept = find_border(
+        logits_ptr,
+        temperature,
+        highest,
+        keys,
+        masses,
+        low,
+        high,
+        num_listed,
+        listed_mass,
+        count,
+        mass,
+        top_k,
+        top_p,
+        VOCAB_SIZE,
+        BLOCK,
+        True,
+    )
     limit = tl.full((), NO_LIMIT, tl.int32)
-    if top_p < 1.0:
-        target = tl.maximum(top_p * mass, 1e-30)
-        listed_low = tl.maximum(low, _lowest_listed(keys, places, num_listed))
-        at_low = keys >= listed_low
-        low, sure, num_tied, _count, mass, sure_mass = search(
-            logits_ptr,
-            temperature,
-            highest,
-            keys,
-            masses,
-            listed_low,
-            high,
-            tl.sum(at_low.to(tl.int32), axis=0),
-            tl.sum(tl.where(at_low, masses, 0.0), axis=0),
-            1,
-            target,
-            VOCAB_SIZE,
-            BLOCK,
-            True,
-        )
-        if num_tied > 1:
-            num_kept = count_kept(target, mass, sure_mass, num_tied)
-            tied = ((keys >= low) & (keys < sure)).to(tl.int32)
-            is_last = (tied > 0) & (tl.cumsum(tied, axis=0) == num_kept)
-            ids = tl.load(id_ptr + row * CAPACITY + places, mask=places < num_listed, other=-1)
-            limit = tl.max(tl.where(is_last, ids, -1), axis=0)
+    if num_kept > 0:
+        tied = ((keys >= low) & (keys < sure)).to(tl.int32)
+        is_last = (tied > 0) & (tl.cumsum(tied, axis=0) == num_kept)
+        ids = tl.load(id_ptr + row * CAPACITY + places, mask=places < num_listed, other=-1)
+        limit = tl.max(tl.where(is_last, ids, -1), axis=0)
     tl.store(sure_ptr + row, sure.to(tl.int32))
     tl.store(tied_ptr + row, low.to(tl.int32))
     tl.store(limit_ptr + row, limit)

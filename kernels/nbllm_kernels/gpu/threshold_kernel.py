@@ -8,11 +8,10 @@ import triton.language as tl
 from nbllm_kernels.gpu.scaled_logits import order_key, scaled_logits
 from nbllm_kernels.gpu.threshold_search import (
     NO_LIMIT,
-    count_kept,
+    find_border,
     find_highest,
     key_range,
     measure,
-    search,
 )
 
 
@@ -47,55 +46,35 @@ def threshold_kernel(
     count, _n1, _n2, mass, _m1, _m2 = measure(
         logits_ptr, temperature, highest, low, high, high, VOCAB_SIZE, BLOCK
     )
-    if (top_k > 0) & (top_k < count):
-        low, _k_high, _k_tied, count, mass, _k_mass = search(
-            logits_ptr,
-            temperature,
-            highest,
-            keys,
-            masses,
-            low,
-            high,
-            count,
-            mass,
-            top_k,
-            0.0,
-            VOCAB_SIZE,
-            BLOCK,
-            False,
-        )
-    sure = low
+    low, sure, num_kept = find_border(
+        logits_ptr,
+        temperature,
+        highest,
+        keys,
+        masses,
+        low,
+        high,
+        count,
+        mass,
+        count,
+        mass,
+        top_k,
+        top_p,
+        VOCAB_SIZE,
+        BLOCK,
+        False,
+    )
     limit = tl.full((), NO_LIMIT, tl.int32)
-    if top_p < 1.0:
-        # At least one: the most likely alone has a mass of one.
-        target = tl.maximum(top_p * mass, 1e-30)
-        low, sure, num_tied, _count, mass, sure_mass = search(
-            logits_ptr,
-            temperature,
-            highest,
-            keys,
-            masses,
-            low,
-            high,
-            count,
-            mass,
-            1,
-            target,
-            VOCAB_SIZE,
-            BLOCK,
-            False,
-        )
-        if num_tied > 1:
-            num_kept = count_kept(target, mass, sure_mass, num_tied)
-            seen = 0
-            for first in range(0, VOCAB_SIZE, BLOCK):
-                key = order_key(scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE))
-                tied = ((key >= low) & (key < sure)).to(tl.int32)
-                rank = seen + tl.cumsum(tied, axis=0)
-                is_last = (tied > 0) & (rank == num_kept)
-                here = tl.max(tl.where(is_last, first + offsets, -1), axis=0)
-                limit = tl.where(here >= 0, here, limit)
-                seen += tl.sum(tied, axis=0)
+    if num_kept > 0:
+        seen = 0
+        for first in range(0, VOCAB_SIZE, BLOCK):
+            key = order_key(scaled_logits(logits_ptr, first + offsets, temperature, VOCAB_SIZE))
+            tied = ((key >= low) & (key < sure)).to(tl.int32)
+            rank = seen + tl.cumsum(tied, axis=0)
+            is_last = (tied > 0) & (rank == num_kept)
+            here = tl.max(tl.where(is_last, first + offsets, -1), axis=0)
+            limit = tl.where(here >= 0, here, limit)
+            seen += tl.sum(tied, axis=0)
     tl.store(sure_ptr + row, sure.to(tl.int32))
     tl.store(tied_ptr + row, low.to(tl.int32))
     tl.store(limit_ptr + row, limit)

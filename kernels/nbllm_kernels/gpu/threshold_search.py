@@ -78,7 +78,7 @@ def _measure_listed(
 
 
 @triton.jit
-def search(
+def _search(
     logits_ptr: tl.tensor,
     temperature: tl.tensor,
     highest: tl.tensor,
@@ -156,10 +156,67 @@ def key_range(highest: tl.tensor, min_p: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def count_kept(
-    target: tl.tensor, mass: tl.tensor, sure_mass: tl.tensor, num_tied: tl.tensor
+def find_border(
+    logits_ptr: tl.tensor,
+    temperature: tl.tensor,
+    highest: tl.tensor,
+    keys: tl.tensor,
+    masses: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    count: tl.tensor,  # of the logits from `low` on, and their mass
+    mass: tl.tensor,
+    total_count: tl.tensor,  # of those that min_p leaves, which may be more than are listed
+    total_mass: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    VOCAB_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_LISTED: tl.constexpr,  # as in `_search`
 ) -> tl.tensor:
-    """How many of equal logits top_p needs."""
-    each = (mass - sure_mass) / num_tied
-    num_kept = tl.ceil((target - sure_mass) / each).to(tl.int32)
-    return tl.minimum(tl.maximum(num_kept, 1), num_tied)
+    """What top_k and then top_p leave: keys from `sure` on, and the first num_kept of those from
+    low to there, all of them if it is 0. The border lies at `low` or above."""
+    if (top_k > 0) & (top_k < total_count):
+        low, _k_high, _k_tied, count, mass, _k_mass = _search(
+            logits_ptr,
+            temperature,
+            highest,
+            keys,
+            masses,
+            low,
+            high,
+            count,
+            mass,
+            top_k,
+            0.0,
+            VOCAB_SIZE,
+            BLOCK,
+            IS_LISTED,
+        )
+        total_mass = mass
+    sure = low
+    num_kept = tl.full((), 0, tl.int32)
+    if top_p < 1.0:
+        # At least one: the most likely alone has a mass of one.
+        target = tl.maximum(top_p * total_mass, 1e-30)
+        low, sure, num_tied, _count, mass, sure_mass = _search(
+            logits_ptr,
+            temperature,
+            highest,
+            keys,
+            masses,
+            low,
+            high,
+            count,
+            mass,
+            1,
+            target,
+            VOCAB_SIZE,
+            BLOCK,
+            IS_LISTED,
+        )
+        if num_tied > 1:
+            each = (mass - sure_mass) / num_tied
+            num_kept = tl.ceil((target - sure_mass) / each).to(tl.int32)
+            num_kept = tl.minimum(tl.maximum(num_kept, 1), num_tied)
+    return low, sure, num_kept
