@@ -104,9 +104,7 @@ class DecodeLoop:
         key = ("decode", len(bucket.rows), kind, bucket.shares)
         for _ in range(output.num_steps):
             self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
-        report = None
-        if kind.any_logprob and bucket.logprobs is not None:
-            report = captured_report(bucket.logprobs, scheduled)
+        report = captured_report(bucket.logprobs, scheduled) if kind.any_logprob else None
         return bucket.rows[: len(scheduled)], report
 
     def rehearse(self, num_rows: int) -> None:

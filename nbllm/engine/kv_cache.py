@@ -64,27 +64,16 @@ def resolve_config(
         OutOfMemoryError: the cache that was asked for does not fit; says by how much.
     """
     gc.collect()
-    on_gpu = device.type == "cuda"
-    big_gpu = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 70 * _GIB
-    block_size = config.block_size or (64 if on_gpu else 32)
-    max_num_seqs = config.max_num_seqs or (1024 if big_gpu else 256 if on_gpu else 64)
-    max_num_batched_tokens = config.max_num_batched_tokens or (
-        (16384 if big_gpu else 8192) if on_gpu else 512
-    )
-    max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+    config = _choose_sizes(config, device)
+    assert config.block_size is not None
+    assert config.max_num_seqs is not None
+    block_size = config.block_size
     wanted_len = config.max_model_len or model.max_context_len
     per_block = block_size_bytes(model, block_size, kv_cache_dtype or dtype)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
-        budget = _kv_budget_bytes(
-            replace(
-                config, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-            ),
-            model,
-            device,
-            dtype,
-        )
-        useful = max_num_seqs * -(-wanted_len // block_size) + 1
+        budget = _kv_budget_bytes(config, model, device, dtype)
+        useful = config.max_num_seqs * -(-wanted_len // block_size) + 1
         num_blocks = min(budget // per_block, useful)
     # One sequence of full length must fit, beside the null block, or it could never finish.
     fitting_len = (num_blocks - 1) * block_size
@@ -114,11 +103,24 @@ def resolve_config(
         config,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         num_gpu_blocks_override=num_blocks,
+    )
+
+
+def _choose_sizes(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """Sizes of pages and steps that the user left open, by the kind of device."""
+    on_gpu = device.type == "cuda"
+    big_gpu = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 70 * _GIB
+    max_num_seqs = config.max_num_seqs or (1024 if big_gpu else 256 if on_gpu else 64)
+    max_num_batched_tokens = config.max_num_batched_tokens or (
+        (16384 if big_gpu else 8192) if on_gpu else 512
+    )
+    return replace(
+        config,
+        block_size=config.block_size or (64 if on_gpu else 32),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
     )
 
 

@@ -171,8 +171,13 @@ def make_logprob_tensors(num_rows: int, vocab_size: int, device: torch.device) -
     )
 
 
-def captured_report(tensors: LogprobTensors, sampled: Sequence[ScheduledRequest]) -> LogprobReport:
-    """What a captured step reports of its first rows, before the next one overwrites it."""
+def captured_report(
+    tensors: LogprobTensors | None, sampled: Sequence[ScheduledRequest]
+) -> LogprobReport | None:
+    """What a captured step reports of its first rows, before the next one overwrites it; None if
+    no row reports anything."""
     rows = [row for row, item in enumerate(sampled) if item.request.reports_logprobs]
+    if tensors is None or not rows:
+        return None
     wanted = [wanted_logprobs(sampled[row].request) for row in rows]
     return LogprobReport(tensors.map(Tensor.clone), rows, wanted)

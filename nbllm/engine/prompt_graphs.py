@@ -103,10 +103,7 @@ class PromptGraphs:
                 len(bucket.inputs.seeds), self._batch.vocab_size, self._batch.device
             )
         self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
-        report = None
-        if kind.any_logprob and bucket.logprobs is not None:
-            report = captured_report(bucket.logprobs, step.sampled)
-        return step, report
+        return step, captured_report(bucket.logprobs, step.sampled) if kind.any_logprob else None
 
     def rehearse(self, num_tokens: int) -> None:
         """Run a step of nobody: it reads weights and tables and changes nothing."""

@@ -243,6 +243,13 @@ def test_skinny_products_compile_for_hopper_without_spills(
             | {"HAS_FILTER": True},
         ),
         (
+            "threshold_kernel.threshold_kernel",
+            {"logits_ptr": "*bf16", "stride_row": "i32", "is_left_ptr": "*i32"}
+            | dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32")
+            | dict.fromkeys(("top_k_ptr", "sure_ptr", "tied_ptr", "limit_ptr"), "*i32"),
+            {"VOCAB_SIZE": 151936, "BLOCK": 2048},
+        ),
+        (
             "shortlist_kernel.shortlist_kernel",
             {"logits_ptr": "*bf16", "stride_row": "i32", "value_ptr": "*fp32"}
             | dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32")
