@@ -1,7 +1,8 @@
 """attention_inputs: norm, rotation and write into the cache in one kernel.
 
 A program serves some heads of one token, all of the query, all of the key or all of the value.
-The numbers stay in float32 from the load to the store: they are rounded once.
+The numbers stay in float32 from the load to the store: they are rounded once. The kernel is long
+because it says thrice what `_transform_heads` is to do.
 """
 
 from __future__ import annotations

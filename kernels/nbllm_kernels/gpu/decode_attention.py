@@ -110,14 +110,7 @@ def decode_attention(
     num_rows, device = metadata.num_decode_seqs, query.device
     group = num_heads // num_kv_heads
     shape = decode_shape(query.dtype, head_dim, group)
-    visible = metadata.max_seq_len
-    if scores.window is not None:
-        visible = min(visible, scores.window + shape.block_n)
-    num_splits = choose_num_splits(
-        num_rows * num_kv_heads,
-        triton.cdiv(visible, shape.block_n),
-        num_multiprocessors(device),
-    )
+    num_splits = _num_own_splits(metadata, scores, shape, num_kv_heads)
     prefix = metadata.shared_prefix if scores.window is None else None
     num_prefix_splits = 0 if prefix is None else _num_prefix_splits(prefix, num_rows, num_kv_heads)
     total_splits = num_splits + num_prefix_splits
@@ -166,6 +159,20 @@ def decode_attention(
         **launch_options(device),
     )
     return split
+
+
+def _num_own_splits(
+    metadata: AttentionMetadata, scores: Scores, shape: LaunchShape, num_kv_heads: int
+) -> int:
+    """By the number of tiles of the longest text that there can be."""
+    visible = metadata.max_seq_len
+    if scores.window is not None:
+        visible = min(visible, scores.window + shape.block_n)
+    return choose_num_splits(
+        metadata.num_decode_seqs * num_kv_heads,
+        triton.cdiv(visible, shape.block_n),
+        num_multiprocessors(metadata.seq_lens.device),
+    )
 
 
 def _num_prefix_splits(prefix: SharedPrefix, num_rows: int, num_kv_heads: int) -> int:

@@ -9,6 +9,9 @@ Where rows are few, the first tile of keys and values is requested before `gdc_w
 `programmatic_launch` allow that for old tokens, which earlier steps have stored; the row's newest
 key and value are put into the tile afterwards.
 
+`decode_attention_kernel` is one long function: its pieces share a dozen values of the program,
+which a helper would take and return one by one.
+
 Sources: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; split keys, "Flash-Decoding",
 2023.
 """

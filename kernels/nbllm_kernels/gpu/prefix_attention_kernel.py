@@ -6,6 +6,8 @@ that one read of a page serves them all, in products that are large enough for t
 fast path. The rest of each row is `decode_attention_kernel`'s business, and `merge_splits_kernel`
 puts the two together by their log-sum-exp.
 
+The kernel is one long function, for the reason that `attention_kernel` gives.
+
 Sources: Hydragen, Juravsky et al. 2024, arXiv:2402.05099; cascade inference, Ye et al. 2024
 (FlashInfer, arXiv:2501.01005).
 """

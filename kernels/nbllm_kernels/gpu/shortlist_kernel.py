@@ -1,4 +1,7 @@
-"""shortlist_kernel: the border of what a row's filters leave, found among its largest logits."""
+"""shortlist_kernel: the border of what a row's filters leave, found among its largest logits.
+
+It is one long function: what it counts while it collects the list decides whether the list will do.
+"""
 
 from __future__ import annotations
 

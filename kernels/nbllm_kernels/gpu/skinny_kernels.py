@@ -12,6 +12,8 @@ Prologue: an RMSNorm of x. W (x g) and the sum of x^2 are accumulated side by si
 scale multiplies the result. Epilogues: bias, a residual to add to, or a gated activation. With a
 gate the weight's first half are the gate's rows and its second half the ones of `up`; a program
 takes them by turns, so that both halves of a pair end in the same thread's neighbourhood.
+
+Both are long functions: what must stand before `gdc_wait` and what after it can be read off.
 """
 
 from __future__ import annotations
