@@ -105,11 +105,11 @@ class ModelRunner:
         with self._on_stream():
             self.batch.update([item.request for item in output.scheduled])
             result = StepOutput()
-            if self._runs_on_device(output) and output.only_decodes:
+            if output.only_decodes and self._runs_on_device(output):
                 sampled: Sequence[ScheduledRequest] = output.scheduled
                 rows, logprobs = self.decode_loop.run(output)
             else:
-                if self._runs_on_device(output) and self.prompt_graphs.can_run(output):
+                if self.prompt_graphs.can_run(output):
                     step, logprobs = self.prompt_graphs.run(output)
                 else:
                     step = self.batch.prepare(output)
