@@ -16,6 +16,8 @@ import torch
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here"),
+    # Of Triton 3.7 itself, on Python 3.13.
+    pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning"),
 ]
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
