@@ -69,7 +69,7 @@ def first_gap(tokens: list[int], ours: list[int], logprobs: torch.Tensor) -> flo
 def check_bfloat16(make_checkpoint: MakeCheckpoint, device: str, count: int) -> None:
     """Against the rounded weights computed exactly we err no more than transformers' bfloat16."""
     folder, model = make_checkpoint("Qwen3", **CONFIG)
-    exact = copy.deepcopy(model)
+    exact = copy.deepcopy(model).to(device)  # on a GPU in float32 too: torch does not use TF32
     for parameter in exact.parameters():  # not the buffers: the rotary frequencies stay float32
         parameter.data = parameter.data.bfloat16().float()
     half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
@@ -97,7 +97,8 @@ def test_greedy_tokens_and_logprobs_equal_those_of_transformers(
 def test_bfloat16_differs_only_where_two_tokens_are_nearly_tied(
     make_checkpoint: MakeCheckpoint, device: str
 ) -> None:
-    check_bfloat16(make_checkpoint, device, count=12)
+    # A dozen prompts have a near tie or none by chance; a GPU has time for more of them.
+    check_bfloat16(make_checkpoint, device, count=12 if device == "cpu" else 100)
 
 
 @pytest.mark.slow

@@ -2,8 +2,12 @@
 
 A captured function reads and writes buffers that stay where they are; what differs from run to run
 is in them. The first run of each key is not captured: a text's first tokens do not wait for a
-capture that may never pay. It is made when the work comes again, or before that if there is nothing
-else to do.
+capture that may never pay.
+
+Nothing is captured while nobody waits for a result, though there would be time: as long as any
+stream of a process is being captured, `torch.cuda.synchronize()` is an error in every thread (CUDA
+C++ programming guide, "prohibited and unhandled operations" of stream capture), and when no call is
+running a cell may well say that.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 256  # each takes some memory; what is rare enough to come later runs as it is
+_MAX_FAILURES = 3  # somebody else synchronized the device; a fourth time it is something else
 
 
 class GraphCache:
@@ -33,7 +38,7 @@ class GraphCache:
     def __init__(self, *, is_enabled: bool) -> None:
         self.is_enabled = is_enabled
         self.num_replays = 0
-        self._may_capture = True
+        self._num_failures = 0
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._uncaptured: dict[Hashable, Callable[[], None]] = {}  # what has run once
         self._pool: Any = None
@@ -50,22 +55,11 @@ class GraphCache:
             graph = self._capture(key)
         if graph is None:
             work()
-            if self.is_enabled and self._may_capture and self._num_keys < _MAX_GRAPHS:
+            if self._may_capture:
                 self._uncaptured[key] = work
             return
         graph.replay()
         self.num_replays += 1
-
-    def capture_next(self) -> bool:
-        """Capture what has run, but not yet again; nothing runs. For the time between requests.
-
-        Returns:
-            False if there is nothing of that kind.
-        """
-        if not self._uncaptured:
-            return False
-        self._capture(next(iter(self._uncaptured)))
-        return True
 
     def clear(self) -> None:
         """Let go of everything that was captured, or might be."""
@@ -73,33 +67,36 @@ class GraphCache:
         self._uncaptured.clear()
 
     @property
-    def _num_keys(self) -> int:
-        return len(self._graphs) + len(self._uncaptured)
+    def _may_capture(self) -> bool:
+        num_keys = len(self._graphs) + len(self._uncaptured)
+        return self.is_enabled and num_keys < _MAX_GRAPHS and self._num_failures < _MAX_FAILURES
 
     def _capture(self, key: Hashable) -> torch.cuda.CUDAGraph | None:
         work = self._uncaptured.pop(key)
-        graph = self._record(work)
-        if graph is None:
-            self._uncaptured.clear()
-        else:
-            self._graphs[key] = graph
+        try:
+            graph = self._record(work)
+        except RuntimeError as error:  # the work itself can go on
+            self._num_failures += 1
+            if self._num_failures == _MAX_FAILURES:
+                self._uncaptured.clear()
+                logger.warning("no more CUDA graphs are captured from now on: %s", error)
+            return None
+        self._graphs[key] = graph
         return graph
 
-    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Capture on the current stream.
+
+        Not with `torch.cuda.graph`, which first waits for the device, runs the cycle collector and
+        gives unused memory back: steps are pending, and what they wait for is this one.
+        """
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        # thread_local: what the notebook does on the GPU in the meantime is its own business.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            # thread_local: what the notebook does on the GPU in the meantime is its own business.
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=torch.cuda.current_stream(),
-                capture_error_mode="thread_local",
-            ):
-                work()
-        except RuntimeError as error:  # most likely memory; the work itself can go on
-            self._may_capture = False
-            logger.warning("no more CUDA graphs are captured from now on: %s", error)
-            return None
+            work()
+        finally:
+            graph.capture_end()
         return graph

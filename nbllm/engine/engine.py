@@ -109,19 +109,6 @@ class Engine:
             self.scheduler.check_integrity()
         return changed
 
-    def prepare_next(self) -> bool:
-        """Use a moment without requests to make later steps faster.
-
-        Returns:
-            False if there is nothing to be done; else call it again, if still nobody waits.
-        """
-        try:
-            return self.runner.prepare_next()
-        except Exception as error:  # steps go on as they did
-            logger.warning("nothing more is prepared for later steps: %s", error)
-            self.runner.graphs.clear()
-            return False
-
     def fail_all(self, error: BaseException) -> list[Request]:
         """End every request with `error`; returns them."""
         self._pending.clear()

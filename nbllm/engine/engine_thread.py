@@ -187,8 +187,6 @@ class EngineThread:
                 try:
                     interpreter.set(is_busy=engine.has_requests)
                     is_idle = not engine.has_requests
-                    while is_idle and self._inbox.empty() and engine.prepare_next():
-                        self.last_progress = time.monotonic()
                     if is_idle:
                         release_threads()
                     self._run_commands(wait=is_idle)

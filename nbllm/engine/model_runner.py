@@ -144,12 +144,6 @@ class ModelRunner:
             params = kind.tensors(self.batch.state, rows, rows)
             draw(logits, rows, params, kind, self.batch)
 
-    @torch.inference_mode()
-    def prepare_next(self) -> bool:
-        """Use a moment without requests to make later steps faster; False if there is nothing."""
-        with self._on_stream():
-            return self.graphs.capture_next()
-
     def synchronize(self) -> None:
         """Wait until nothing is pending on the device."""
         if self._stream is not None:
