@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Union
 
 from nbllm.config import EngineConfig, ModelConfig
-from nbllm.engine.request import Request
+from nbllm.engine.request import Request, StopChecker
 from nbllm.errors import InvalidRequestError, PromptTooLongError
 from nbllm.sampling_params import SamplingParams
 
@@ -169,7 +169,7 @@ class RequestFactory:
         model_config: ModelConfig,
         *,
         tokenize: Callable[[str], list[int]] | None,
-        make_stop_checker: Callable[[list[int], SamplingParams], Any] | None,
+        make_stop_checker: Callable[[list[int], SamplingParams], StopChecker] | None,
         draw_seed: Callable[[], int],
     ) -> None:
         assert config.max_model_len is not None
@@ -235,13 +235,17 @@ class RequestFactory:
                 restart_len=restart_len,
                 restart_cache_salt=restart_cache_salt,
                 bad_words_token_ids=bad_words,
+                stop_checker=self._stop_checker(row.token_ids, params),
                 streaming=streaming,
             )
-            if params.stop:
-                assert self._make_stop_checker is not None
-                request.stop_checker = self._make_stop_checker(row.token_ids, params)
             requests.append(request)
         return requests
+
+    def _stop_checker(self, token_ids: list[int], params: SamplingParams) -> StopChecker | None:
+        if not params.stop:
+            return None
+        assert self._make_stop_checker is not None
+        return self._make_stop_checker(token_ids, params)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:

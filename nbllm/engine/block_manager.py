@@ -112,6 +112,8 @@ class BlockManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold `num_tokens` tokens; False (and no change) if it can't."""
+        if num_tokens <= len(request.block_table) * self.block_size:
+            return True
         num_new = self.num_blocks_for(num_tokens) - len(request.block_table)
         if num_new > self.num_free_blocks:
             return False
@@ -132,12 +134,13 @@ class BlockManager:
 
         Only known tokens count, and of an ended text not the last: it may not have been computed.
         """
-        if not self._shares(request):
-            return
         size = self.block_size
+        first = len(request.prefix_ids)  # not known yet
+        if request.num_computed_tokens < (first + 1) * size or not self._shares(request):
+            return
         num_tokens = request.num_tokens - 1 if request.is_finished else request.num_tokens
         num_full = min(request.num_computed_tokens, num_tokens) // size
-        for i in range(len(request.prefix_ids), num_full):
+        for i in range(first, num_full):
             parent = request.prefix_ids[-1] if request.prefix_ids else _root(request)
             key = (parent, tuple(request.token_ids[i * size : (i + 1) * size]))
             block = self._index.get(key)

@@ -77,6 +77,7 @@ class GraphCache:
             graph = self._record(work)
         except RuntimeError as error:  # the work itself can go on
             self._num_failures += 1
+            self._pool = None  # PyTorch takes it for one that is still being recorded to
             if self._num_failures == _MAX_FAILURES:
                 self._uncaptured.clear()
                 logger.warning("no more CUDA graphs are captured from now on: %s", error)

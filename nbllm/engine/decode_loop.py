@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch
+from nbllm.engine.cascade import Cascade
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.logprobs import (
     LogprobReport,
@@ -27,19 +28,13 @@ from nbllm.engine.logprobs import (
 )
 from nbllm.engine.sampler import SamplingKind, draw
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
-from nbllm.engine.shared_prefix import tile_shared_prefixes
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
     AttentionMetadata,
     DecodeInputs,
     DecodeState,
-    SharedPrefix,
     decode_inputs,
-    rows_per_prefix_tile,
 )
-
-_MIN_CASCADE_SIZE = 8  # rows from which on it is looked for what they share
-_MAX_PREFIX_GROUPS = 8
 
 
 @dataclass(slots=True)
@@ -49,7 +44,7 @@ class _Bucket:
     rows: Tensor
     inputs: DecodeInputs
     metadata: AttentionMetadata
-    cascade: AttentionMetadata | None  # the same with a shared prefix
+    cascade: Cascade | None
     logprobs: LogprobTensors | None = None
     kind: SamplingKind = field(default_factory=SamplingKind)
     filled_for: tuple[int, list[int]] | None = None
@@ -96,7 +91,7 @@ class DecodeLoop:
         kind = bucket.kind
         metadata = bucket.metadata
         if bucket.shares and bucket.cascade is not None:
-            metadata = bucket.cascade
+            metadata = bucket.cascade.metadata
         if kind.any_logprob and bucket.logprobs is None:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.rows), self._batch.vocab_size, self._batch.device
@@ -134,24 +129,7 @@ class DecodeLoop:
         bucket.kind = SamplingKind.of(scheduled)
         padding = [batch.null_row] * (len(bucket.rows) - len(rows))
         bucket.rows.copy_(batch.to_device(rows + padding)[0])
-        bucket.shares = False
-        prefix = bucket.cascade.shared_prefix if bucket.cascade is not None else None
-        if prefix is None:
-            return
-        num_tiles, rows_per_tile = prefix.tile_rows.shape
-        tiled = tile_shared_prefixes(
-            batch.host_tables[rows],
-            [item.start // batch.block_size for item in scheduled],
-            block_size=batch.block_size,
-            num_tiles=num_tiles,
-            rows_per_tile=rows_per_tile,
-        )
-        if tiled is not None:
-            lens, tile_rows = batch.to_device(tiled[0], tiled[1].ravel())
-            prefix.lens.zero_()
-            prefix.lens[: len(rows)] = lens.to(torch.int32)
-            prefix.tile_rows.copy_(tile_rows.view(prefix.tile_rows.shape))
-            bucket.shares = True
+        bucket.shares = bucket.cascade is not None and bucket.cascade.fill(batch, scheduled)
 
     def _find_bucket(self, num_rows: int) -> _Bucket:
         """The buffers that fit best; without graphs, some of that very size."""
@@ -177,21 +155,7 @@ class DecodeLoop:
             batch_invariant=batch.batch_invariant,
         )
         rows = torch.zeros(size, dtype=torch.int64, device=device)
-        return _Bucket(rows, inputs, metadata, self._add_prefix(metadata))
-
-    def _add_prefix(self, metadata: AttentionMetadata) -> AttentionMetadata | None:
-        size, device = len(metadata.seq_lens), metadata.seq_lens.device
-        if device.type != "cuda" or size < _MIN_CASCADE_SIZE or metadata.batch_invariant:
-            return None
-        if self._batch.block_size % 16:
-            return None
-        rows_per_tile = rows_per_prefix_tile(self._config.num_heads, self._config.num_kv_heads)
-        num_tiles = -(-size // rows_per_tile) + _MAX_PREFIX_GROUPS - 1
-        prefix = SharedPrefix(
-            lens=torch.zeros(size, dtype=torch.int32, device=device),
-            tile_rows=torch.full((num_tiles, rows_per_tile), -1, dtype=torch.int32, device=device),
-        )
-        return replace(metadata, shared_prefix=prefix, scratch={})
+        return _Bucket(rows, inputs, metadata, Cascade.make(metadata, batch, self._config))
 
 
 def make_decode_inputs(size: int, state: DecodeState) -> DecodeInputs:

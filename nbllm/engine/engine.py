@@ -174,7 +174,7 @@ class Engine:
         for request, entry in result.logprobs.items():
             request.logprobs.append(entry)
             request.cumulative_logprob += next(iter(entry.values())).logprob
-        for item in output.scheduled:
+        for item in output.scheduled[output.num_decodes :]:
             remaining = item.request.num_prompt_tokens - item.start
             self.num_prompt_tokens += min(max(remaining, 0), item.num_scheduled_tokens)
         self.scheduler.advance(output, result.sampled)

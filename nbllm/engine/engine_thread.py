@@ -185,11 +185,12 @@ class EngineThread:
         try:
             while self._end is None:
                 try:
-                    interpreter.set(is_busy=engine.has_requests)
                     is_idle = not engine.has_requests
                     if is_idle:
+                        interpreter.set(is_busy=False)
                         release_threads()
                     self._run_commands(wait=is_idle)
+                    interpreter.set(is_busy=engine.has_requests)
                     if self._end is None and engine.has_requests:
                         self._deliver(engine.step())
                         self.last_progress = time.monotonic()

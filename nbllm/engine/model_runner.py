@@ -28,7 +28,7 @@ from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
 
-_MAX_LAUNCH_S = 0.01
+_MAX_LAUNCH_S = 0.03
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
 _REHEARSED_KINDS = [
     SamplingKind(any_filter=True),
@@ -86,7 +86,9 @@ class ModelRunner:
         captures = on_gpu and not config.enforce_eager and model_config.length_rope is None
         self.graphs = GraphCache(is_enabled=captures)
         self.decode_loop = DecodeLoop(model, self.batch, self.kv_caches, self.graphs, model_config)
-        self.prompt_graphs = PromptGraphs(model, self.batch, self.kv_caches, self.graphs)
+        self.prompt_graphs = PromptGraphs(
+            model, self.batch, self.kv_caches, self.graphs, model_config
+        )
         self.max_steps = RING if captures else 1
         self.max_launch_s = _MAX_LAUNCH_S if captures else None
         self.max_pending_steps = 2 if on_gpu else 1

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from nbllm.config import ModelConfig
 from nbllm.engine.batch import Batch, StepInput
+from nbllm.engine.cascade import Cascade
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import make_decode_inputs
 from nbllm.engine.logprobs import (
@@ -56,6 +58,7 @@ class _Bucket:
     buffers: StepBuffers
     metadata: AttentionMetadata
     inputs: DecodeInputs
+    cascade: Cascade | None
     logprobs: LogprobTensors | None = None
 
 
@@ -67,11 +70,18 @@ class PromptGraphs:
         batch: its tables.
         kv_caches: one per layer.
         graphs: what was captured.
+        config: the model's shape.
     """
 
     def __init__(
-        self, model: CausalLM, batch: Batch, kv_caches: list[Tensor], graphs: GraphCache
+        self,
+        model: CausalLM,
+        batch: Batch,
+        kv_caches: list[Tensor],
+        graphs: GraphCache,
+        config: ModelConfig,
     ) -> None:
+        self._config = config
         self._model = model
         self._batch = batch
         self._kv_caches = kv_caches
@@ -102,7 +112,13 @@ class PromptGraphs:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.inputs.seeds), self._batch.vocab_size, self._batch.device
             )
-        self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, kind))
+        decodes = output.scheduled[: output.num_decodes]
+        metadata, cascade = bucket.metadata, bucket.cascade
+        shares = cascade is not None and cascade.fill(self._batch, decodes)
+        if shares and cascade is not None:
+            metadata = cascade.metadata
+        key = ("prompt", size, kind, shares)
+        self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
         return step, captured_report(bucket.logprobs, step.sampled) if kind.any_logprob else None
 
     def rehearse(self, num_tokens: int) -> None:
@@ -116,15 +132,13 @@ class PromptGraphs:
             "block_tables": np.zeros((0, num_blocks), dtype=np.int64),
         }
         bucket.buffers.send(arrays, self._batch.null_row)
-        self._step(bucket, SamplingKind())
+        self._step(bucket, bucket.metadata, SamplingKind())
 
-    def _step(self, bucket: _Bucket, kind: SamplingKind) -> None:
+    def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         buffers, state = bucket.buffers, self._batch.state
-        bucket.metadata.scratch.clear()
+        metadata.scratch.clear()
         self._batch.fill_last_tokens(buffers)
-        hidden = self._model(
-            buffers["input_ids"], buffers["positions"], self._kv_caches, bucket.metadata
-        )
+        hidden = self._model(buffers["input_ids"], buffers["positions"], self._kv_caches, metadata)
         rows = buffers["sampled_rows"]
         decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
         logits = self._model.compute_logits(hidden[buffers["logits_indices"]])
@@ -163,4 +177,5 @@ class PromptGraphs:
             batch_invariant=batch.batch_invariant,
             has_prompt_lens=False,
         )
-        return _Bucket(buffers, metadata, make_decode_inputs(num_sampled, batch.state))
+        inputs = make_decode_inputs(num_sampled, batch.state)
+        return _Bucket(buffers, metadata, inputs, Cascade.make(metadata, batch, self._config))

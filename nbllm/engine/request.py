@@ -78,6 +78,9 @@ class Request:
         stop_ids: token ids that end the text, `min_tokens` permitting.
         has_penalties: whether the tokens of the sequence so far change the logits.
         reports_logprobs: whether more is reported of its tokens than their ids.
+        max_num_tokens: prompt and generated tokens together, once it ends by length.
+        ends_on_host: only the host can tell whether a token ends the text: every step that is run
+            before it has seen the token may be one too many.
         num_computed_tokens: tokens whose keys and values are in the cache once all enqueued steps
             have run.
         num_output_placeholders: tokens that enqueued steps sample; an end that only their values
@@ -103,6 +106,8 @@ class Request:
     stop_ids: list[int] = field(init=False)
     has_penalties: bool = field(init=False)
     reports_logprobs: bool = field(init=False)
+    max_num_tokens: int = field(init=False)
+    ends_on_host: bool = field(init=False)
     _always_shapes_logits: bool = field(init=False)
 
     status: RequestStatus = RequestStatus.WAITING
@@ -130,6 +135,8 @@ class Request:
             or params.frequency_penalty != 0.0
             or params.repetition_penalty != 1.0
         )
+        self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
+        self.ends_on_host = self._ends_on_host()
         num_logprobs = params.logprobs or 0
         self.reports_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
         self._always_shapes_logits = (
@@ -190,26 +197,12 @@ class Request:
         return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
 
     @property
-    def max_num_tokens(self) -> int:
-        """Prompt and generated tokens together, once it ends by length."""
-        return self.num_prompt_tokens + self.max_tokens
-
-    @property
     def shapes_logits(self) -> bool:
         """True if the host has a word in which token is next, or a report of it is wanted that only
         the host can ask for: the step can't run on the device alone."""
-        num_output_tokens = self.num_booked_tokens - self.num_prompt_tokens
-        return self._always_shapes_logits or num_output_tokens < self.sampling_params.min_tokens
-
-    @property
-    def ends_on_host(self) -> bool:
-        """True if only the host can tell whether a token ends the text: every step that is run
-        before it has seen the token may be one too many."""
-        return (
-            self.stop_checker is not None
-            or self.sampling_params.repetition_detection is not None
-            or self.restart_len is not None
-            or len(self.stop_ids) > MAX_STOP_IDS
+        min_tokens = self.sampling_params.min_tokens
+        return self._always_shapes_logits or (
+            min_tokens > 0 and self.num_booked_tokens - self.num_prompt_tokens < min_tokens
         )
 
     @property
@@ -237,6 +230,7 @@ class Request:
         self.restarted_len = self.num_tokens
         self.cache_salt = self.restart_cache_salt
         self.restart_len = None
+        self.ends_on_host = self._ends_on_host()
 
     def finish(self, reason: FinishReason, *, stop_reason: int | str | None = None) -> None:
         """WAITING or RUNNING -> FINISHED."""
@@ -263,6 +257,14 @@ class Request:
         elif token_ids:  # the device stopped by the same rules: only the last can be an end
             self.token_ids += token_ids
             self._check_end()
+
+    def _ends_on_host(self) -> bool:
+        return (
+            self.stop_checker is not None
+            or self.sampling_params.repetition_detection is not None
+            or self.restart_len is not None
+            or len(self.stop_ids) > MAX_STOP_IDS
+        )
 
     def _check_end(self) -> None:
         """Finish if the last token ends the text."""

@@ -207,15 +207,19 @@ class Scheduler:
         Returns:
             how many steps, at least one: for that they have pages already.
         """
-        remaining = [r.max_num_tokens - r.num_booked_tokens for r in requests]
-        num_steps = min(max_steps, max(remaining))
-        if any(r.ends_on_host or r.shapes_logits or r.reports_logprobs for r in requests):
-            num_steps = 1
-        if self._num_waiting:  # the first place that becomes free is somebody's
-            num_steps = min(num_steps, *remaining)
+        if max_steps == 1 or any(
+            r.ends_on_host or r.reports_logprobs or r.shapes_logits for r in requests
+        ):
+            return 1
+        booked = [r.num_booked_tokens for r in requests]
+        remaining = [r.max_num_tokens - n for r, n in zip(requests, booked, strict=True)]
+        # If somebody waits: the first place that becomes free is his.
+        num_steps = min(max_steps, min(remaining) if self._num_waiting else max(remaining))
         while num_steps > 1:
             # The last token that is sampled needs no page yet.
-            wanted = [min(r.num_booked_tokens + num_steps, r.max_num_tokens) - 1 for r in requests]
+            wanted = [
+                n + min(num_steps, left) - 1 for n, left in zip(booked, remaining, strict=True)
+            ]
             if self.block_manager.can_grow(zip(requests, wanted, strict=True)):
                 for request, num_tokens in zip(requests, wanted, strict=True):
                     self.block_manager.grow(request, num_tokens)

@@ -53,10 +53,10 @@ def test_the_output_is_that_of_plain_attention(
 ) -> None:
     from nbllm_kernels.gpu.paged_attention import paged_attention
 
-    # Two groups, and a row on its own.
+    # Two groups, a row on its own, and two chunks of prompts in the same step.
     seq_lens = [3 * page_size + 5, 3 * page_size + 1, 40, 5 * page_size, 2 * page_size + 9, 200]
     query, keys, values, metadata = paged_batch(
-        [(1, n) for n in seq_lens],
+        [(1, n) for n in seq_lens] + [(30, 95), (16, 16)],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
