@@ -80,3 +80,28 @@ def check_list(parameter: str, value: Any) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         fail(parameter, f"must be a list, got {value!r:.200}")
     return list(value)
+
+
+def check_ids(parameter: str, value: Any) -> list[int]:
+    """Token ids, as `check_list` takes them; None is none.
+
+    Raises:
+        InvalidRequestError: it is no collection of them, or one is negative.
+    """
+    return [check_int(parameter, token_id, minimum=0) for token_id in check_list(parameter, value)]
+
+
+def check_bias(parameter: str, value: Any) -> dict[int, float]:
+    """Token id -> bias, clamped to [-100, 100]; JSON can't have ids as keys, so digits will do.
+
+    Raises:
+        InvalidRequestError: it is no mapping, or of something else.
+    """
+    if not isinstance(value, Mapping):
+        fail(parameter, f"must be a dict of token id -> number, got {value!r:.200}")
+    bias: dict[int, float] = {}
+    for key, number in value.items():
+        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+        token_id = check_int(parameter, int(key) if is_text else key, minimum=0)
+        bias[token_id] = min(100.0, max(-100.0, check_float(parameter, number)))
+    return bias

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Union
+
+import numpy as np
 
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.request import Request, StopChecker
@@ -144,6 +147,14 @@ def _token_ids(ids: Sequence[Any]) -> list[int]:
                 f"token ids must be integers, got {item!r}", parameter="prompt_token_ids"
             )
     return [int(item) for item in ids]
+
+
+def _all_below(limit: int, ids: Collection[int]) -> bool:
+    """True if all are from zero to `limit`, exclusive."""
+    try:
+        return bool(np.frombuffer(array("I", ids), dtype=np.uintc).max() < limit)
+    except OverflowError:  # negative, or huge
+        return False
 
 
 def _is_token_id(item: Any) -> bool:
@@ -288,7 +299,7 @@ class RequestFactory:
 
     def _check_ids(self, ids: Collection[int], parameter: str) -> None:
         # A wrong id would be an out-of-bounds read on the GPU, which kills the whole kernel.
-        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+        if not ids or _all_below(self._vocab_size, ids):
             return
         wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
         raise InvalidRequestError(

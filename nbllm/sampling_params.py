@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbllm.checks import check_bool, check_float, check_int, check_list, fail
+from nbllm.checks import check_bias, check_bool, check_float, check_ids, check_int, check_list, fail
 
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy
 _MIN_TEMPERATURE = 0.01  # smaller ones would overflow the division
@@ -157,6 +158,9 @@ class SamplingParams:
     thinking_token_budget: int | None = None
     repetition_detection: RepetitionDetectionParams | None = None
     routed_experts_prompt_start: int = 0
+    _verified: tuple[Any, ...] = dataclasses.field(
+        default=(), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self.verify()
@@ -169,6 +173,8 @@ class SamplingParams:
         Raises:
             InvalidRequestError: a value breaks its rule.
         """
+        if self._verified and _ALL_FIELDS(self) == self._verified:
+            return  # for a column of rows it would take as long as all else
         self._normalize_lists()
         self._check_lengths()
         self._check_numbers()
@@ -177,13 +183,17 @@ class SamplingParams:
             if self.n > 1:
                 fail("n", f"must be 1 with greedy sampling (temperature 0), got {self.n}")
             self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
+        self._verified = tuple(
+            copy.copy(value) if isinstance(value, (list, dict)) else value
+            for value in _ALL_FIELDS(self)
+        )
 
     def __repr__(self) -> str:
         default: dict[str, list[str]] = {"stop": [], "stop_token_ids": [], "bad_words": []}
         changed = (
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != default.get(field.name, field.default)
+            if field.repr and getattr(self, field.name) != default.get(field.name, field.default)
         )
         return f"SamplingParams({', '.join(changed)})"
 
@@ -227,14 +237,14 @@ class SamplingParams:
                     fail(name, "must not hold an empty string")
         if self.stop and not self.detokenize:
             fail("stop", "strings need detokenize=True")
-        self.stop_token_ids = _check_ids("stop_token_ids", self.stop_token_ids)
+        self.stop_token_ids = check_ids("stop_token_ids", self.stop_token_ids)
         for name in ("allowed_token_ids", "logprob_token_ids"):
             if getattr(self, name) is not None:
-                setattr(self, name, _check_ids(name, getattr(self, name)))
+                setattr(self, name, check_ids(name, getattr(self, name)))
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             fail("allowed_token_ids", "must not be empty")
         if self.logit_bias is not None:
-            self.logit_bias = _check_bias(self.logit_bias)
+            self.logit_bias = check_bias("logit_bias", self.logit_bias)
 
     def _check_lengths(self) -> None:
         check_int("n", self.n, minimum=1, maximum=_MAX_N)
@@ -298,6 +308,9 @@ class SamplingParams:
         check_int("routed_experts_prompt_start", self.routed_experts_prompt_start, minimum=0)
 
 
+_ALL_FIELDS = operator.attrgetter(
+    *(field.name for field in dataclasses.fields(SamplingParams) if field.init)
+)
 _BOOLS = (
     "ignore_eos",
     "flat_logprobs",
@@ -337,19 +350,3 @@ class BeamSearchParams:
         check_float("length_penalty", self.length_penalty)
         for name in ("ignore_eos", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
-
-
-def _check_ids(parameter: str, value: Any) -> list[int]:
-    return [check_int(parameter, token_id, minimum=0) for token_id in check_list(parameter, value)]
-
-
-def _check_bias(value: Any) -> dict[int, float]:
-    """Token id -> bias in [-100, 100]; JSON can't have ids as keys, so digits will do."""
-    if not isinstance(value, Mapping):
-        fail("logit_bias", f"must be a dict of token id -> number, got {value!r:.200}")
-    bias: dict[int, float] = {}
-    for key, number in value.items():
-        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
-        token_id = check_int("logit_bias", int(key) if is_text else key, minimum=0)
-        bias[token_id] = min(100.0, max(-100.0, check_float("logit_bias", number)))
-    return bias

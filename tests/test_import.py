@@ -54,6 +54,16 @@ def test_the_leaves_load_nothing_heavy_either() -> None:
     assert loaded.isdisjoint(HEAVY), loaded & HEAVY
 
 
+def test_an_engine_loads_neither_transformers_nor_sympy() -> None:
+    code = (
+        "import sys, json, nbllm\n"
+        "with nbllm.LLM(device='cpu') as llm:\n"
+        "    llm.generate('1 + 1 =', use_tqdm=False)\n"
+        "print(json.dumps(list(sys.modules)))"
+    )
+    assert {"transformers", "sympy"}.isdisjoint(json.loads(run(code)))
+
+
 def test_the_import_takes_less_than_0_3_seconds() -> None:
     code = "import time; t = time.perf_counter(); import nbllm; print(time.perf_counter() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.3

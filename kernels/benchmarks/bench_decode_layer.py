@@ -138,21 +138,24 @@ def candidates(product: Product) -> Iterator[LaunchShape]:
     """Launch sizes worth a measurement."""
     n, k, rows = product.out_features, product.in_features, product.num_rows
     if rows <= 4:
-        for block_n, block_k, warps in itertools.product((4, 8, 16, 32), (256, 512), (2, 4, 8, 16)):
+        for block_n, block_k, warps in itertools.product(
+            (4, 8, 16, 32), (256, 512, 1024), (4, 8, 16)
+        ):
             chunks = 1
             while chunks * block_k < k:
                 chunks *= 2
-            for step in {chunks, min(chunks, 8)}:
+            for step in {chunks, min(chunks, 8), min(chunks, 4)}:
                 registers = block_n * block_k * step // (64 * warps)  # of a thread, for weights
                 if (rows == 1 or step == chunks) and 16 <= registers <= 80 and n // block_n >= 64:
                     yield GemvShape(block_n, block_k, step, warps)
     if rows > 1 or k > 4096:
-        for block_n, (block_k, slices), stages in itertools.product(
-            (16, 32, 64), ((64, 4), (128, 1), (128, 4), (64, 8)), (3, 5)
+        for block_n, (block_k, slices, warps), stages in itertools.product(
+            (16, 32, 64, 128),
+            ((64, 4, 4), (128, 1, 4), (128, 1, 8), (256, 1, 4), (128, 4, 4), (64, 8, 8)),
+            (4, 5, 7),
         ):
-            warps = 8 if slices == 8 else 4
             tile_bytes = 2 * block_k * slices * (block_n + 16) * stages
-            if tile_bytes <= 200_000 and n // block_n >= 32 and not (slices > 1 and block_n == 64):
+            if tile_bytes <= 200_000 and n // block_n >= 32 and not (slices > 1 and block_n >= 64):
                 yield MatmulShape(block_n, block_k, slices, warps, stages, 16)
     if rows > 1:
         for prefetch in (0, 64):

@@ -13,12 +13,14 @@ first, so a prefix always outlives what follows it.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from nbllm.engine.request import Request
 
-_PrefixKey = tuple[int, tuple[int, ...]]
+_PrefixKey = tuple[int, bytes]
+_TOKEN_BYTES = array("i").itemsize
 
 
 class BlockManager:
@@ -74,8 +76,8 @@ class BlockManager:
             return []
         blocks: list[int] = []
         parent = _root(request)
-        for start in range(0, request.num_tokens - self.block_size, self.block_size):
-            tokens = tuple(request.token_ids[start : start + self.block_size])
+        num_pages = (request.num_tokens - 1) // self.block_size
+        for tokens in self._pages(request, 0, num_pages):
             block = self._index.get((parent, tokens))
             if block is None:
                 break
@@ -94,17 +96,19 @@ class BlockManager:
         assert not request.block_table
         cached = self.find_cached_blocks(request)
         num_new = self.num_blocks_for(request.num_tokens) - len(cached)
-        num_reclaimed = sum(self._ref_counts[block] == 0 for block in cached)
-        if num_new > self.num_free_blocks - num_reclaimed:
+        ref_counts = self._ref_counts
+        reclaimed = [block for block in cached if not ref_counts[block]]
+        if num_new > self.num_free_blocks - len(reclaimed):
             return False
+        for block in reclaimed:
+            del self._cached[block]
         for block in cached:
-            self._take(block)
-            request.block_table.append(block)
+            ref_counts[block] += 1
             prefix_id = self._prefix_ids[block]
             assert prefix_id is not None
             request.prefix_ids.append(prefix_id)
-        for _ in range(num_new):
-            request.block_table.append(self._pop_free())
+        request.block_table += cached
+        request.block_table += [self._pop_free() for _ in range(num_new)]
         request.num_computed_tokens = len(cached) * self.block_size
         self.num_prefix_queries += request.num_tokens
         self.num_prefix_hits += request.num_computed_tokens
@@ -140,12 +144,12 @@ class BlockManager:
             return
         num_tokens = request.num_tokens - 1 if request.is_finished else request.num_tokens
         num_full = min(request.num_computed_tokens, num_tokens) // size
-        for i in range(first, num_full):
+        for tokens in self._pages(request, first, num_full):
             parent = request.prefix_ids[-1] if request.prefix_ids else _root(request)
-            key = (parent, tuple(request.token_ids[i * size : (i + 1) * size]))
+            key = (parent, tokens)
             block = self._index.get(key)
             if block is None:  # else: another request was first, and its page is the one to find
-                block = request.block_table[i]
+                block = request.block_table[len(request.prefix_ids)]
                 self._index[key] = block
                 self._keys[block] = key
                 self._prefix_ids[block] = self._next_prefix_id
@@ -207,14 +211,16 @@ class BlockManager:
         for key, block in self._index.items():
             assert self._keys[block] == key, f"page {block} is indexed under a foreign key"
 
+    def _pages(self, request: Request, first: int, end: int) -> Iterator[bytes]:
+        """The tokens of some of a request's pages, packed: quick to compare, and small."""
+        size = self.block_size
+        packed = array("i", request.token_ids[first * size : end * size]).tobytes()
+        page_bytes = size * _TOKEN_BYTES
+        return (packed[i : i + page_bytes] for i in range(0, len(packed), page_bytes))
+
     def _shares(self, request: Request) -> bool:
         # A salt of its own (the continuations of one prompt) shares even with caching off.
         return self.enable_prefix_caching or request.cache_salt != 0
-
-    def _take(self, block: int) -> None:
-        if self._ref_counts[block] == 0:
-            del self._cached[block]
-        self._ref_counts[block] += 1
 
     def _pop_free(self) -> int:
         if self._empty:

@@ -28,7 +28,7 @@ from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
 
-_MAX_LAUNCH_S = 0.03
+_MAX_LAUNCH_S = 0.02
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
 _REHEARSED_KINDS = [
     SamplingKind(any_filter=True),

@@ -79,6 +79,7 @@ class Request:
         has_penalties: whether the tokens of the sequence so far change the logits.
         reports_logprobs: whether more is reported of its tokens than their ids.
         max_num_tokens: prompt and generated tokens together, once it ends by length.
+        needs_known_tokens: the host must have seen the last token before the next is computed.
         ends_on_host: only the host can tell whether a token ends the text: every step that is run
             before it has seen the token may be one too many.
         num_computed_tokens: tokens whose keys and values are in the cache once all enqueued steps
@@ -107,6 +108,7 @@ class Request:
     has_penalties: bool = field(init=False)
     reports_logprobs: bool = field(init=False)
     max_num_tokens: int = field(init=False)
+    needs_known_tokens: bool = field(init=False)
     ends_on_host: bool = field(init=False)
     _always_shapes_logits: bool = field(init=False)
 
@@ -136,7 +138,7 @@ class Request:
             or params.repetition_penalty != 1.0
         )
         self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
-        self.ends_on_host = self._ends_on_host()
+        self._watch_host()
         num_logprobs = params.logprobs or 0
         self.reports_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
         self._always_shapes_logits = (
@@ -205,11 +207,6 @@ class Request:
             min_tokens > 0 and self.num_booked_tokens - self.num_prompt_tokens < min_tokens
         )
 
-    @property
-    def needs_known_tokens(self) -> bool:
-        """True if the host must have seen the last token before the next can be computed."""
-        return bool(self.bad_words_token_ids) or self.restart_len is not None
-
     def start_running(self) -> None:
         """WAITING -> RUNNING."""
         self._expect(RequestStatus.WAITING)
@@ -230,7 +227,7 @@ class Request:
         self.restarted_len = self.num_tokens
         self.cache_salt = self.restart_cache_salt
         self.restart_len = None
-        self.ends_on_host = self._ends_on_host()
+        self._watch_host()
 
     def finish(self, reason: FinishReason, *, stop_reason: int | str | None = None) -> None:
         """WAITING or RUNNING -> FINISHED."""
@@ -258,11 +255,14 @@ class Request:
             self.token_ids += token_ids
             self._check_end()
 
-    def _ends_on_host(self) -> bool:
-        return (
-            self.stop_checker is not None
+    def _watch_host(self) -> None:
+        """See what the host is needed for."""
+        restarts = self.restart_len is not None
+        self.needs_known_tokens = restarts or bool(self.bad_words_token_ids)
+        self.ends_on_host = (
+            restarts
+            or self.stop_checker is not None
             or self.sampling_params.repetition_detection is not None
-            or self.restart_len is not None
             or len(self.stop_ids) > MAX_STOP_IDS
         )
 

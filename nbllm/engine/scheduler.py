@@ -239,7 +239,8 @@ class Scheduler:
     def _book_steps(self, request: Request, num_steps: int) -> ScheduledRequest:
         """Decode so many times, or as often as its length allows."""
         start = request.num_computed_tokens
-        num_steps = min(num_steps, request.max_num_tokens - request.num_booked_tokens)
+        if num_steps > 1:
+            num_steps = min(num_steps, request.max_num_tokens - request.num_booked_tokens)
         return self._book(ScheduledRequest(request, start, 1, num_steps, request.shapes_logits))
 
     def _book(self, item: ScheduledRequest) -> ScheduledRequest:

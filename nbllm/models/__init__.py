@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from nbllm.config import ModelConfig
 from nbllm.errors import ModelLoadError, OutOfMemoryError
@@ -80,7 +81,7 @@ def allocate_model(
     if load_format != "dummy":
         _check_size(num_parameters, weight_files(folder, load_format))
     try:
-        model = model.to(dtype=dtype).to_empty(device=device)
+        _allocate_parameters(model, dtype, device)
     except RuntimeError as error:
         size = num_parameters * dtype.itemsize / 1024**3
         raise OutOfMemoryError(
@@ -89,6 +90,20 @@ def allocate_model(
         ) from error
     model.prepare(device)
     return model.eval()
+
+
+def _allocate_parameters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Memory for parameters that have none yet, shared ones once.
+
+    `Module.to_empty` would do, but for tensors without memory it imports SymPy: a second or more.
+    """
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in allocated:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                allocated[parameter] = nn.Parameter(empty, requires_grad=False)
+            setattr(module, name, allocated[parameter])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from nbllm_kernels import AttentionMetadata
 class CausalLM(nn.Module):
     """A decoder-only language model over a paged KV cache.
 
-    Its life: built on the meta device, `to_empty`, `prepare`, `load_weights`, then `forward` and
+    Its life: built on the meta device, given memory, `prepare`, `load_weights`, then `forward` and
     `compute_logits` once per step. It holds no state of requests.
     """
 

@@ -325,13 +325,13 @@ def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
 ) -> None:
     rng = random.Random(0)
     beginning = [rng.randrange(2, 500) for _ in range(204)]
-    prompts = [beginning + [rng.randrange(2, 500) for _ in range(3)] for _ in range(30)]
-    options = {"max_num_seqs": 30, "max_num_batched_tokens": 512, "max_model_len": 256}
+    prompts = [beginning + [rng.randrange(2, 500) for _ in range(3)] for _ in range(60)]
+    options = {"max_num_seqs": 60, "max_num_batched_tokens": 512, "max_model_len": 256}
     options |= {"block_size": 16}
     texts = []
     for make in (make_engine, make_gpu_engine):
         engine = make(**options)
-        requests = [make_request(prompt, max_tokens=9 + i) for i, prompt in enumerate(prompts)]
+        requests = [make_request(prompt, max_tokens=9 + i // 2) for i, prompt in enumerate(prompts)]
         for half in (requests[::2], requests[1::2]):
             for request in half:
                 engine.add(request)

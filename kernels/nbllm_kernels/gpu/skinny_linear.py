@@ -8,6 +8,7 @@ number of rows and the number of multiprocessors.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
@@ -76,35 +77,53 @@ def can_multiply(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def launch_shape(
-    num_rows: int, out_features: int, in_features: int, num_multiprocessors: int
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    num_multiprocessors: int,
+    *,
+    has_norm: bool = False,
 ) -> LaunchShape:
     """The fixed table, for weights of two bytes a number.
 
-    Measured on an H200; what counts of a card is how many rows of the weight each of its
-    multiprocessors has.
+    Measured on an H200 with the shapes of Qwen3-0.6B, Llama-3.2-1B and Llama-3.1-8B; what counts
+    of a card is how many rows of the weight each of its multiprocessors has.
     """
-    if num_rows == 1:
-        return _gemv_shape(out_features, in_features, num_multiprocessors)
     rows_per_multiprocessor = out_features / num_multiprocessors
+    if num_rows == 1:
+        return _gemv_shape(rows_per_multiprocessor, in_features, has_norm)
     # Few programs: the inner dimension is divided among the warps, or its steps take too long.
     if rows_per_multiprocessor <= 16:
         return MatmulShape(16, 128, 4, 4, 5, prefetch_lines=16)
     if rows_per_multiprocessor <= 64:
-        return MatmulShape(32, 64, 4, 4, 5, prefetch_lines=16)
+        if in_features < 2048:
+            return MatmulShape(32, 64, 4, 4, 5, prefetch_lines=16)
+        if rows_per_multiprocessor <= 32:
+            return MatmulShape(32, 256, 1, 4, 7 if in_features >= 4096 else 4, prefetch_lines=16)
+        return MatmulShape(64, 256, 1, 4, 4, prefetch_lines=8)
+    if rows_per_multiprocessor <= 128:
+        return MatmulShape(128, 128, 1, 8, 5, prefetch_lines=8)
+    if rows_per_multiprocessor <= 512:
+        return MatmulShape(64, 128, 1, 8, 5, prefetch_lines=8)
     return MatmulShape(64, 128, 1, 4, 5, prefetch_lines=8)
 
 
-def _gemv_shape(out_features: int, in_features: int, num_multiprocessors: int) -> GemvShape:
-    """The whole inner dimension, and one or two programs per multiprocessor, if that fits."""
-    block_k = min(256, max(16, triton.next_power_of_2(in_features)))
-    chunks = triton.next_power_of_2(triton.cdiv(in_features, block_k))
-    row_bytes = 2 * block_k * chunks
-    if 4 * row_bytes > _GEMV_TILE_BYTES:  # too long: eight rows in steps
-        return GemvShape(8, block_k, 8, 8)
-    block_n = triton.next_power_of_2(triton.cdiv(out_features, num_multiprocessors))
-    block_n = max(4, min(block_n, _GEMV_TILE_BYTES // row_bytes, 64))
-    num_warps = 8 if 2 * block_n * row_bytes > _GEMV_TILE_BYTES else 4
-    return GemvShape(block_n, block_k, chunks, num_warps)
+def _gemv_shape(rows_per_multiprocessor: float, in_features: int, has_norm: bool) -> GemvShape:
+    """The whole inner dimension, and one or two programs per multiprocessor, if that fits.
+
+    Of a longer one smaller tiles: each warp holds x, and the norm's weight, for its rows.
+    """
+    if in_features <= 1024 or (in_features <= 4096 and rows_per_multiprocessor <= 16):
+        block_k = min(256, max(16, triton.next_power_of_2(in_features)))
+        chunks = triton.next_power_of_2(triton.cdiv(in_features, block_k))
+        row_bytes = 2 * block_k * chunks
+        block_n = triton.next_power_of_2(math.ceil(rows_per_multiprocessor))
+        block_n = max(4, min(block_n, _GEMV_TILE_BYTES // row_bytes, 64))
+        num_warps = 8 if 2 * block_n * row_bytes > _GEMV_TILE_BYTES else 4
+        return GemvShape(block_n, block_k, chunks, num_warps)
+    if has_norm:
+        return GemvShape(8, 1024, 2, 4) if in_features <= 2048 else GemvShape(4, 1024, 4, 4)
+    return GemvShape(8, 256, 4, 8) if in_features <= 4096 else GemvShape(4, 512, 4, 8)
 
 
 def skinny_linear(
@@ -143,7 +162,7 @@ def skinny_linear(
         out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if shape is None:
         count = num_multiprocessors(x.device)
-        shape = launch_shape(num_rows, out_features, in_features, count)
+        shape = launch_shape(num_rows, out_features, in_features, count, has_norm=norm is not None)
     arguments = (
         x,
         weight,
