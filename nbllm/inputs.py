@@ -149,14 +149,6 @@ def _token_ids(ids: Sequence[Any]) -> list[int]:
     return [int(item) for item in ids]
 
 
-def _all_below(limit: int, ids: Collection[int]) -> bool:
-    """True if all are from zero to `limit`, exclusive."""
-    try:
-        return bool(np.frombuffer(array("I", ids), dtype=np.uintc).max() < limit)
-    except OverflowError:  # negative, or huge
-        return False
-
-
 def _is_token_id(item: Any) -> bool:
     if isinstance(item, bool):
         return False
@@ -210,7 +202,7 @@ class RequestFactory:
         """
         if row.error is not None:
             raise row.error
-        self._check_prompt(row.token_ids)
+        token_ids = self._check_prompt(row.token_ids)
         self._check_params(params)
         num_prompt_tokens = len(row.token_ids)
         room = self._max_model_len - num_prompt_tokens
@@ -234,7 +226,7 @@ class RequestFactory:
         for index in range(params.n):
             request = Request(
                 request_id=f"{number}-{index}" if params.n > 1 else str(number),
-                token_ids=list(row.token_ids),
+                token_ids=token_ids[:],
                 num_prompt_tokens=num_prompt_tokens,
                 sampling_params=params,
                 max_tokens=max_tokens,
@@ -258,7 +250,7 @@ class RequestFactory:
         assert self._make_stop_checker is not None
         return self._make_stop_checker(token_ids, params)
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int]) -> array[int]:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty", parameter="prompts")
         if len(token_ids) >= self._max_model_len:
@@ -268,7 +260,7 @@ class RequestFactory:
                 " or raise max_model_len",
                 parameter="prompts",
             )
-        self._check_ids(token_ids, "prompt_token_ids")
+        return self._check_ids(token_ids, "prompt_token_ids")
 
     def _check_params(self, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):
@@ -290,17 +282,25 @@ class RequestFactory:
                     parameter=name,
                 )
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
-            self._check_ids(getattr(params, name) or (), name)
+            if getattr(params, name):
+                self._check_ids(getattr(params, name), name)
         if (params.stop or params.bad_words) and self._tokenize is None:
             name = "stop" if params.stop else "bad_words"
             raise InvalidRequestError(
                 f"{name} needs a tokenizer, and skip_tokenizer_init=True", parameter=name
             )
 
-    def _check_ids(self, ids: Collection[int], parameter: str) -> None:
-        # A wrong id would be an out-of-bounds read on the GPU, which kills the whole kernel.
-        if not ids or _all_below(self._vocab_size, ids):
-            return
+    def _check_ids(self, ids: Collection[int], parameter: str) -> array[int]:
+        """Token ids as C numbers.
+
+        A wrong one would be an out-of-bounds read on the GPU, which kills the whole kernel.
+        """
+        try:
+            packed = array("I", ids)
+            if not packed or np.frombuffer(packed, dtype=np.uintc).max() < self._vocab_size:
+                return packed
+        except OverflowError:  # it is negative
+            pass
         wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
         raise InvalidRequestError(
             f"{parameter}: token id {wrong} is not in the vocabulary of {self._vocab_size}",

@@ -124,7 +124,7 @@ class _Continuation:
         self._has_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and params.detokenize:
-            prompt_ids = request.token_ids[: request.num_prompt_tokens]
+            prompt_ids = request.token_ids[: request.num_prompt_tokens].tolist()
             self._detokenizer = make_detokenizer(tokenizer, prompt_ids, params)
         self._num_read = 0
         self._num_reported = 0
@@ -146,7 +146,7 @@ class _Continuation:
         self.has_news = True
         if self._detokenizer is not None and not self.is_finished:
             visible = end - 1 if finished and self._ends_with_hidden_token() else end
-            self._new_text.append(self._detokenizer.push(request.token_ids[begin:visible]))
+            self._new_text.append(self._detokenizer.push(request.token_ids[begin:visible].tolist()))
             if finished:
                 self._new_text.append(self._detokenizer.finish())
         self.is_finished = finished
@@ -170,7 +170,7 @@ class _Continuation:
         return CompletionOutput(
             index=self._index,
             text=text,
-            token_ids=request.token_ids[start + first : start + self._num_read],
+            token_ids=request.token_ids[start + first : start + self._num_read].tolist(),
             cumulative_logprob=self._cumulative_logprob if self._has_logprobs else None,
             logprobs=logprobs,
             finish_reason=reason.value if reason is not None else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def start(tokenizer: Tokenizer, kind: RequestOutputKind, **options: Any) -> Any:
     prompt = EncodedPrompt("The quick", tokenizer.encode("The quick"))
     request = Request(
         request_id="7",
-        token_ids=list(prompt.token_ids),
+        token_ids=array("I", prompt.token_ids),
         num_prompt_tokens=len(prompt.token_ids),
         sampling_params=params,
         max_tokens=50,

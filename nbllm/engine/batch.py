@@ -8,6 +8,7 @@ they are scheduled. What a decode step starts from is never sent: the step befor
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ class Batch:
         slots[padding] = -1
         seq_lens = starts + lens
         seq_lens[padding] = 0
-        token_ids: list[int] = (-1 - rows[:num_decodes]).tolist()
+        token_ids = array("I")
         for item in scheduled[output.num_decodes :]:
             token_ids += item.request.token_ids[item.start : item.first_position]
         sampled = [i for i, item in enumerate(scheduled) if item.num_sampled_tokens]
@@ -190,7 +191,7 @@ class Batch:
             size = StepSize(num_tokens, num_seqs, len(sampled), num_blocks)
             buffers = StepBuffers(size, self.device)
         arrays = {
-            "input_ids": np.array(token_ids),
+            "input_ids": np.r_[-1 - rows[:num_decodes], np.frombuffer(token_ids, dtype=np.uintc)],
             "positions": positions,
             "slot_mapping": slots,
             "sampled_rows": rows[places[sampled]],

@@ -13,14 +13,12 @@ first, so a prefix always outlives what follows it.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 
 from nbllm.engine.request import Request
 
 _PrefixKey = tuple[int, bytes]
-_TOKEN_BYTES = array("i").itemsize
 
 
 class BlockManager:
@@ -212,11 +210,9 @@ class BlockManager:
             assert self._keys[block] == key, f"page {block} is indexed under a foreign key"
 
     def _pages(self, request: Request, first: int, end: int) -> Iterator[bytes]:
-        """The tokens of some of a request's pages, packed: quick to compare, and small."""
+        """The tokens of some of a request's pages."""
         size = self.block_size
-        packed = array("i", request.token_ids[first * size : end * size]).tobytes()
-        page_bytes = size * _TOKEN_BYTES
-        return (packed[i : i + page_bytes] for i in range(0, len(packed), page_bytes))
+        return (request.token_ids[i * size : (i + 1) * size].tobytes() for i in range(first, end))
 
     def _shares(self, request: Request) -> bool:
         # A salt of its own (the continuations of one prompt) shares even with caching off.

@@ -22,17 +22,19 @@ _MAX_GROUPS = 8
 _PAGE_MULTIPLE = 16  # tokens: of the tiles of keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cascade:
     """The way of a bucket's step by which shared pages are read once.
 
     Attributes:
         metadata: the bucket's, with a shared prefix.
         prefix: that prefix.
+        is_filled: sequences share something.
     """
 
     metadata: AttentionMetadata
     prefix: SharedPrefix
+    is_filled: bool = False
 
     @classmethod
     def make(cls, metadata: AttentionMetadata, batch: Batch, config: ModelConfig) -> Cascade | None:
@@ -58,7 +60,7 @@ class Cascade:
             decodes: in the step's order.
 
         Returns:
-            False if they share nothing that is worth it: nothing was sent.
+            False if they share nothing that is worth it.
         """
         num_tiles, rows_per_tile = self.prefix.tile_rows.shape
         tiled = tile_shared_prefixes(
@@ -69,7 +71,12 @@ class Cascade:
             rows_per_tile=rows_per_tile,
         )
         if tiled is None:
+            if self.is_filled:
+                self.prefix.lens.zero_()
+                self.prefix.tile_rows.fill_(-1)
+            self.is_filled = False
             return False
+        self.is_filled = True
         lens, tile_rows = batch.to_device(tiled[0], tiled[1].ravel())
         self.prefix.lens.zero_()
         self.prefix.lens[: len(decodes)] = lens.to(torch.int32)

@@ -177,7 +177,8 @@ def _kv_budget_bytes(
     # The widest activations of a step: gate and up projections, and float32 logits with the
     # copies that sampling makes of them.
     widths = 3 * model.intermediate_size + 8 * model.hidden_size
-    activations = config.max_num_batched_tokens * widths
+    num_tokens = config.max_num_batched_tokens * 5 // 4 + config.max_num_seqs  # of a padded step
+    activations = num_tokens * widths
     logits = 4 * config.max_num_seqs * model.vocab_size
     num_pools = 1 if config.enforce_eager else 2  # captured steps have memory of their own
     reserve = num_pools * activations * dtype.itemsize + logits * 4

@@ -252,11 +252,12 @@ class ModelRunner:
             stop = min(start + num_tokens, request.num_prompt_tokens - 1)
             if num_wanted is None or start >= stop or request.prompt_logprobs[start + 1 :]:
                 continue  # not asked for, past the prompt, or known from before a preemption
+            token_ids = request.token_ids.tolist()
             entries: list[PositionLogprobs] = []
             for first in range(start, stop, _PROMPT_LOGPROBS_ROWS):
                 last = min(first + _PROMPT_LOGPROBS_ROWS, stop)
                 rows = hidden[begin + first - start : begin + last - start]
-                targets = torch.tensor(request.token_ids[first + 1 : last + 1], device=self.device)
+                targets = torch.tensor(token_ids[first + 1 : last + 1], device=self.device)
                 logits = self.model.compute_logits(rows).float()
                 report = report_logprobs(logits, targets, [(num_wanted, None)] * (last - first))
                 entries += report.entries()  # now: of a long prompt they would be too many

@@ -33,6 +33,7 @@ from nbllm_kernels import AttentionMetadata, DecodeInputs, decode_inputs
 
 _MIN_TOKENS = 32  # up to 16 rows the products have kernels of their own, which take long to compile
 _TOKENS = 512  # multiples of it are sizes, and powers of two below
+_SIZES_PER_OCTAVE = 4  # each is captured for every kind of step: no more of the large ones
 _MIN_SEQS = 8
 _SEQS_FACTOR = 4  # from one number of sequences to the next
 
@@ -112,13 +113,11 @@ class PromptGraphs:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.inputs.seeds), self._batch.vocab_size, self._batch.device
             )
-        decodes = output.scheduled[: output.num_decodes]
-        metadata, cascade = bucket.metadata, bucket.cascade
-        shares = cascade is not None and cascade.fill(self._batch, decodes)
-        if shares and cascade is not None:
-            metadata = cascade.metadata
-        key = ("prompt", size, kind, shares)
-        self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
+        metadata = bucket.metadata
+        if bucket.cascade is not None:  # also if nothing is shared: half as many graphs
+            bucket.cascade.fill(self._batch, output.scheduled[: output.num_decodes])
+            metadata = bucket.cascade.metadata
+        self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, metadata, kind))
         return step, captured_report(bucket.logprobs, step.sampled) if kind.any_logprob else None
 
     def rehearse(self, num_tokens: int) -> None:
@@ -147,11 +146,7 @@ class PromptGraphs:
 
     def _size(self, output: SchedulerOutput) -> _Size:
         num_decodes = self._num_seqs(output.num_decodes)
-        num_tokens = output.num_tokens - output.num_decodes + num_decodes
-        if num_tokens <= _TOKENS:
-            num_tokens = max(_MIN_TOKENS, 1 << (num_tokens - 1).bit_length())
-        else:
-            num_tokens = -(-num_tokens // _TOKENS) * _TOKENS
+        num_tokens = _padded(output.num_tokens - output.num_decodes) + num_decodes
         return _Size(
             num_tokens, num_decodes, self._num_seqs(len(output.scheduled) - output.num_decodes)
         )
@@ -179,3 +174,12 @@ class PromptGraphs:
         )
         inputs = make_decode_inputs(num_sampled, batch.state)
         return _Bucket(buffers, metadata, inputs, Cascade.make(metadata, batch, self._config))
+
+
+def _padded(num_tokens: int) -> int:
+    """The next size, at most a quarter larger if there are many tokens."""
+    octave = 1 << (num_tokens - 1).bit_length()
+    if octave <= _TOKENS:
+        return max(_MIN_TOKENS, octave)
+    step = max(_TOKENS, octave // 2 // _SIZES_PER_OCTAVE)
+    return -(-num_tokens // step) * step

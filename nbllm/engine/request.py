@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,7 +59,8 @@ class Request:
 
     Attributes:
         request_id: unique within an engine.
-        token_ids: the prompt's token ids, then the generated ones.
+        token_ids: the prompt's token ids, then the generated ones, as an array of C numbers, which
+            are compared, copied and sent to the device by the piece.
         num_prompt_tokens: how many of `token_ids` are the prompt.
         sampling_params: what the user asked for.
         max_tokens: upper bound on generated tokens, at least 1, already fitted to the context.
@@ -89,7 +91,7 @@ class Request:
     """
 
     request_id: str
-    token_ids: list[int]
+    token_ids: array[int]
     num_prompt_tokens: int
     sampling_params: SamplingParams
     max_tokens: int
@@ -167,7 +169,7 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         """The generated token ids (a copy)."""
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def is_finished(self) -> bool:
@@ -252,7 +254,7 @@ class Request:
                 if self.is_finished:
                     return
         elif token_ids:  # the device stopped by the same rules: only the last can be an end
-            self.token_ids += token_ids
+            self.token_ids.extend(token_ids)
             self._check_end()
 
     def _watch_host(self) -> None:

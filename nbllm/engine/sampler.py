@@ -199,7 +199,7 @@ def _completions(bad_words: Sequence[Sequence[int]], request: Request) -> list[i
     """Ids that would complete a bad word after the output so far."""
     longest = max(len(word) for word in bad_words)
     start = max(request.num_prompt_tokens, request.num_tokens - longest + 1)
-    tail = request.token_ids[start:]
+    tail = request.token_ids[start:].tolist()
     return [
         word[-1]
         for word in bad_words

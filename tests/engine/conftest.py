@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -26,7 +27,7 @@ def make_request() -> Callable[..., Request]:
         params = options.pop("params", None) or SamplingParams(temperature=0.0, ignore_eos=True)
         return Request(
             request_id=f"r{next(_ids)}",
-            token_ids=list(prompt),
+            token_ids=array("I", prompt),
             num_prompt_tokens=len(prompt),
             sampling_params=params,
             max_tokens=max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -131,8 +132,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
     )
     def admit(self, prompt: list[int], salt: int) -> None:
         self.num_requests += 1
+        token_ids = array("I", prompt)
         request = Request(
-            f"r{self.num_requests}", prompt, len(prompt), SamplingParams(), 8, 0, cache_salt=salt
+            f"r{self.num_requests}", token_ids, len(prompt), SamplingParams(), 8, 0, cache_salt=salt
         )
         if not self.manager.admit(request):
             return

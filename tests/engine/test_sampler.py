@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from typing import Any
 
@@ -34,7 +35,7 @@ def make_batch(rows: list[tuple[SamplingParams, int]], **fields: Any) -> tuple[B
     requests = [
         Request(
             request_id=str(number),
-            token_ids=PROMPT + OUTPUT,
+            token_ids=array("I", PROMPT + OUTPUT),
             num_prompt_tokens=len(PROMPT),
             sampling_params=params,
             max_tokens=100,
@@ -274,7 +275,7 @@ def test_equal_logits_are_drawn_equally_often() -> None:
 def test_bad_words_forbid_only_what_completes_them() -> None:
     _, step = make_batch([(SamplingParams(), 0)], bad_words_token_ids=BAD_WORDS)
     assert forbidden_ids(step.sampled[0]) == [7, 8]
-    step.sampled[0].request.token_ids += [4]
+    step.sampled[0].request.token_ids.append(4)
     assert forbidden_ids(step.sampled[0]) == [7, 9]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -221,11 +222,12 @@ def make_requests(number: int, job: dict[str, Any]) -> list[Request]:
     stop_ids = [2] if job["end"] == "stop id" else None
     params = SamplingParams(ignore_eos=True, stop_token_ids=stop_ids)
     requests: list[Request] = []
+    token_ids = array("I", prompt)
     for k in range(job["n"]):
         if job["n"] > 1:
             options |= {"cache_salt": number + 1, "leader": requests[0] if requests else None}
         request = Request(
-            f"{number}-{k}", list(prompt), len(prompt), params, job["max_tokens"], k, **options
+            f"{number}-{k}", token_ids[:], len(prompt), params, job["max_tokens"], k, **options
         )
         requests.append(request)
     return requests
