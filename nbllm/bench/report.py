@@ -44,7 +44,7 @@ def _row(item: dict[str, Any]) -> str:
         measured += f"; {slowdown:.2f}x as long beside a Python loop"
     check = item["check"]
     verdict = "ok" if check["ok"] else f"FAILED: {check['widest_gap']}"
-    total = check.get("tokens", check.get("rows"))
+    total = check["tokens"]
     return (
         f"| {item['workload']}: {item['num_prompts']:,} prompts, {item['prompt_tokens']:,} tokens "
         f"in, {item['output_tokens']:,} out | {measured} | {item[roofline]:.0%} | "

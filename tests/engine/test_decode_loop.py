@@ -345,11 +345,13 @@ def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
     monkeypatch.setattr(Cascade, "fill", watched)
     for make in (make_engine, make_gpu_engine):
         engine = make(**options)
-        requests = [make_request(prompt, max_tokens=9 + i // 2) for i, prompt in enumerate(prompts)]
+        requests = [
+            make_request(prompt, max_tokens=40 + i // 2) for i, prompt in enumerate(prompts)
+        ]
         for half in (requests[::2], requests[1::2]):
             for request in half:
                 engine.add(request)
-            for _ in range(4):
+            for _ in range(3):
                 engine.step()
         run(engine)
         texts.append(outcomes(requests))

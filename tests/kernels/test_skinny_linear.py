@@ -157,11 +157,16 @@ def test_any_shape(
 def test_shapes_of_real_models_fill_the_device() -> None:
     from nbllm_kernels.gpu.skinny_linear import GemvShape, launch_shape
 
-    for out_features, in_features in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)):
-        shape = launch_shape(1, out_features, in_features, 132)
+    normed = [(4096, 1024), (6144, 1024), (3072, 2048), (16384, 2048), (6144, 4096), (28672, 4096)]
+    plain = [(1024, 2048), (1024, 3072), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336)]
+    for (out_features, in_features), has_norm in [
+        *product(normed, [True]),
+        *product(plain, [False]),
+    ]:
+        shape = launch_shape(1, out_features, in_features, 132, has_norm=has_norm)
         assert isinstance(shape, GemvShape)
-        assert shape.block_k * shape.chunks >= in_features  # no loop
-        assert 96 <= out_features // shape.block_n <= 264
+        assert shape.block_k * shape.chunks >= in_features or not has_norm  # no loop
+        assert 96 <= out_features // shape.block_n
         assert 2 * shape.block_n * shape.block_k * shape.chunks <= 65_536
 
 

@@ -25,6 +25,7 @@ Activation = Literal["none", "silu", "gelu", "gelu_tanh"]
 
 MAX_ROWS = 16  # from there on cuBLAS is as fast, and its caller launches norms and activations
 _GEMV_TILE_BYTES = 65_536  # half of the registers: the next kernel's tile fits beside it
+_MANY_ROWS = 512  # for each multiprocessor: programs are many, whatever their size
 _LINE_BYTES = 128
 
 
@@ -103,7 +104,7 @@ def launch_shape(
         return MatmulShape(64, 256, 1, 4, 4, prefetch_lines=8)
     if rows_per_multiprocessor <= 128:
         return MatmulShape(128, 128, 1, 8, 5, prefetch_lines=8)
-    if rows_per_multiprocessor <= 512:
+    if rows_per_multiprocessor <= _MANY_ROWS:
         return MatmulShape(64, 128, 1, 8, 5, prefetch_lines=8)
     return MatmulShape(64, 128, 1, 4, 5, prefetch_lines=8)
 
@@ -113,11 +114,15 @@ def _gemv_shape(rows_per_multiprocessor: float, in_features: int, has_norm: bool
 
     Of a longer one smaller tiles: each warp holds x, and the norm's weight, for its rows.
     """
+    if has_norm and 512 < in_features <= 1024:
+        return GemvShape(16, 1024, 1, 8 if rows_per_multiprocessor <= 32 else 4)
     if in_features <= 1024 or (in_features <= 4096 and rows_per_multiprocessor <= 16):
         block_k = min(256, max(16, triton.next_power_of_2(in_features)))
         chunks = triton.next_power_of_2(triton.cdiv(in_features, block_k))
         row_bytes = 2 * block_k * chunks
         block_n = triton.next_power_of_2(math.ceil(rows_per_multiprocessor))
+        if rows_per_multiprocessor > _MANY_ROWS:
+            block_n = 16
         block_n = max(4, min(block_n, _GEMV_TILE_BYTES // row_bytes, 64))
         num_warps = 8 if 2 * block_n * row_bytes > _GEMV_TILE_BYTES else 4
         return GemvShape(block_n, block_k, chunks, num_warps)
