@@ -330,7 +330,7 @@ def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
     rng = random.Random(0)
     beginning = [rng.randrange(2, 500) for _ in range(204)]
     prompts = [beginning + [rng.randrange(2, 500) for _ in range(3)] for _ in range(60)]
-    options = {"max_num_seqs": 60, "max_num_batched_tokens": 512, "max_model_len": 256}
+    options = {"max_num_seqs": 60, "max_num_batched_tokens": 512, "max_model_len": 320}
     options |= {"block_size": 16}
     texts = []
     shared = set()
