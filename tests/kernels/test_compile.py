@@ -49,6 +49,7 @@ def compile_attention(
     *,
     is_decode: bool,
     cache_dtype: torch.dtype | None = None,
+    merged_splits: int = 0,
 ) -> Any:
     import triton
 
@@ -74,16 +75,17 @@ def compile_attention(
     kernel = paged_attention_kernel
     if is_decode:
         kernel = decode_attention_kernel
-        constants |= {"NUM_SPLITS": 16, "TOTAL_SPLITS": 16, "LAUNCH_PDL": True}
-        constants["HAS_PREFIX"] = False
-        constants["EARLY_TILE"] = dtype != torch.float32
+        num_splits = 1 if merged_splits else 16
+        constants |= {"NUM_SPLITS": num_splits, "TOTAL_SPLITS": num_splits, "LAUNCH_PDL": True}
+        constants |= {"HAS_PREFIX": merged_splits > 0, "MERGED_SPLITS": merged_splits}
+        constants["EARLY_TILE"] = dtype != torch.float32 and not merged_splits
     types: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in ("k_ptr", "v_ptr"):
             types[name] = f"*{TYPES[cache_dtype or dtype]}"
-        elif name in ("q_ptr", "out_ptr"):
+        elif name in ("q_ptr", "out_ptr", "prefix_out_ptr"):
             types[name] = f"*{TYPES[dtype]}"
-        elif name == "lse_ptr":
+        elif name in ("lse_ptr", "prefix_lse_ptr"):
             types[name] = "*fp32"
         elif name.endswith("_ptr"):
             types[name] = "*i32"
@@ -162,6 +164,22 @@ def test_attention_compiles_for_hopper_without_spills(
     ptx = kernel.asm["ptx"]
     if dtype == torch.bfloat16 and not is_decode:
         assert "wgmma.mma_async" in ptx
+    assert kernel.metadata.shared <= 227 * 1024
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("group", "merged_splits"), [(2, 1), (4, 8)])
+def test_a_prefix_is_merged_for_hopper_without_spills(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_dtype: torch.dtype | None,
+    group: int,
+    merged_splits: int,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    options = {"is_decode": True, "cache_dtype": cache_dtype, "merged_splits": merged_splits}
+    kernel = compile_attention(torch.bfloat16, 128, group, **options)
     assert kernel.metadata.shared <= 227 * 1024
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
 

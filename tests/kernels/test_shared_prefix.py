@@ -38,21 +38,26 @@ def share(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "page_size"),
-    [(4, 2, 64, 16), (8, 1, 128, 64), (2, 2, 80, 32), (14, 2, 64, 64)],
+    ("num_heads", "num_kv_heads", "head_dim", "page_size", "multiprocessors"),
+    # Own keys split; not split, and merged at once with a prefix in one piece or several.
+    [(4, 2, 64, 16, 132), (8, 1, 128, 64, 1), (2, 2, 80, 32, 20), (14, 2, 64, 64, 20)],
 )
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sliding_window": 40}], ids=str)
 def test_the_output_is_that_of_plain_attention(
     paged_batch: PagedBatch,
+    monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     page_size: int,
+    multiprocessors: int,
     options: dict[str, Any],
 ) -> None:
+    from nbllm_kernels.gpu import decode_attention
     from nbllm_kernels.gpu.paged_attention import paged_attention
 
+    monkeypatch.setattr(decode_attention, "num_multiprocessors", lambda _: multiprocessors)
     # Two groups, a row on its own, and two chunks of prompts in the same step.
     seq_lens = [3 * page_size + 5, 3 * page_size + 1, 40, 5 * page_size, 2 * page_size + 9, 200]
     query, keys, values, metadata = paged_batch(

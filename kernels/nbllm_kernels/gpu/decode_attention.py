@@ -113,26 +113,30 @@ def decode_attention(
     num_splits = _num_own_splits(metadata, scores, shape, num_kv_heads)
     prefix = metadata.shared_prefix if scores.window is None else None
     num_prefix_splits = 0 if prefix is None else _num_prefix_splits(prefix, num_rows, num_kv_heads)
-    total_splits = num_splits + num_prefix_splits
+    # What is not split by this kernel is merged by it.
+    merged_splits = num_prefix_splits if num_splits == 1 else 0
+    total_splits = num_splits + num_prefix_splits - merged_splits
     split = None
-    target = lse = output
-    if total_splits > 1:
-        rows = (num_rows, num_heads, total_splits)
-        target = torch.empty((*rows, head_dim), dtype=query.dtype, device=device)
+    partial = lse = output
+    if total_splits > 1 or prefix is not None:
+        rows = (num_rows, num_heads, merged_splits or total_splits)
+        partial = torch.empty((*rows, head_dim), dtype=query.dtype, device=device)
         lse = torch.empty(rows, dtype=torch.float32, device=device)
-        split = SplitAttention(target, lse, prefix, num_prefix_splits)
-        if prefix is not None:
-            _attend_to_prefix(query, key_cache, value_cache, metadata, prefix, scores, split)
+        split = SplitAttention(partial, lse, prefix, num_prefix_splits)
+    if prefix is not None and split is not None:
+        _attend_to_prefix(query, key_cache, value_cache, metadata, prefix, scores, split)
     num_programs = num_rows * num_kv_heads * num_splits
     few = _FEW_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         query,
         key_cache,
         value_cache,
-        target,
+        output if total_splits == 1 else partial,
         lse,
         metadata.seq_lens,
         metadata.seq_lens if prefix is None else prefix.lens,
+        partial,
+        lse,
         metadata.block_tables,
         query.stride(0),
         metadata.block_tables.stride(0),
@@ -149,6 +153,7 @@ def decode_attention(
         BLOCK_N=shape.block_n,
         NUM_SPLITS=num_splits,
         TOTAL_SPLITS=total_splits,
+        MERGED_SPLITS=merged_splits,
         HAS_PREFIX=prefix is not None,
         EARLY_TILE=num_programs <= few and query.dtype != torch.float32,
         HAS_WINDOW=scores.window is not None,
@@ -158,7 +163,7 @@ def decode_attention(
         num_stages=shape.num_stages,
         **launch_options(device),
     )
-    return split
+    return split if total_splits > 1 else None
 
 
 def _num_own_splits(

@@ -5,6 +5,9 @@ a page is read once for the group) and one part of the row's keys. What it is la
 on the numbers of rows and heads alone, never on a length: a split whose part is empty writes zeros
 and reads nothing, and so does a row of length 0.
 
+A row's keys that it shares with others are `prefix_attention_kernel`'s business. Where a row's own
+keys are not split, the two are put together here; otherwise `merge_splits_kernel` does that.
+
 Where rows are few, the first tile of keys and values is requested before `gdc_wait`. The rules of
 `programmatic_launch` allow that for old tokens, which earlier steps have stored; the row's newest
 key and value are put into the tile afterwards.
@@ -82,6 +85,8 @@ def decode_attention_kernel(
     lse_ptr: tl.tensor,  # [num_rows, num_heads, TOTAL_SPLITS] float32, base 2, if TOTAL_SPLITS > 1
     seq_lens_ptr: tl.tensor,  # [num_rows] int32
     prefix_lens_ptr: tl.tensor,  # [num_rows] int32, if HAS_PREFIX: keys that are not its business
+    prefix_out_ptr: tl.tensor,  # [num_rows, num_heads, MERGED_SPLITS, head_dim], if MERGED_SPLITS
+    prefix_lse_ptr: tl.tensor,  # the same without the last; both only for rows with a prefix
     block_tables_ptr: tl.tensor,  # [num_rows, max_blocks] int32
     stride_q_token: tl.tensor,
     stride_table: tl.tensor,
@@ -98,6 +103,7 @@ def decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     TOTAL_SPLITS: tl.constexpr,  # the last NUM_SPLITS of them are this kernel's
+    MERGED_SPLITS: tl.constexpr,  # of the prefix, merged here
     EARLY_TILE: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -117,8 +123,10 @@ def decode_attention_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(seq_len - window, 0)
+    prefix_len = 0
     if HAS_PREFIX:
-        low = tl.maximum(low, tl.load(prefix_lens_ptr + seq))
+        prefix_len = tl.load(prefix_lens_ptr + seq)
+        low = tl.maximum(low, prefix_len)
     begin = low // BLOCK_N
     end = tl.cdiv(seq_len, BLOCK_N)
     tiles_per_split = tl.cdiv(end - begin, NUM_SPLITS)
@@ -198,7 +206,21 @@ def decode_attention_kernel(
             q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
         )
 
-    out_row = (seq * (NUM_KV_HEADS * GROUP) + head + 1) * TOTAL_SPLITS - NUM_SPLITS + split
+    head_row = seq * (NUM_KV_HEADS * GROUP) + head
+    if MERGED_SPLITS > 0:
+        if prefix_len > 0:  # then its newest key at least is its own: `highest` is finite
+            for part in tl.static_range(MERGED_SPLITS):
+                part_row = head_row * MERGED_SPLITS + part
+                lse = tl.load(prefix_lse_ptr + part_row, mask=row_mask, other=float("-inf"))
+                source = prefix_out_ptr + part_row[:, None] * HEAD_DIM + dim[None, :]
+                out = tl.load(source, mask=q_mask, other=0.0).to(tl.float32)
+                new_highest = tl.maximum(highest, lse)
+                decay = tl.exp2(highest - new_highest)
+                weight = tl.exp2(lse - new_highest)
+                total = total * decay + weight
+                acc = acc * decay[:, None] + out * weight[:, None]
+                highest = new_highest
+    out_row = (head_row + 1) * TOTAL_SPLITS - NUM_SPLITS + split
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)

@@ -3,8 +3,8 @@
 Rows of a DataFrame begin with the same template, so their first pages are the same ones. Attended
 to row by row, these pages are read once per row; here a tile holds the query heads of many rows, so
 that one read of a page serves them all, in products that are large enough for the tensor cores'
-fast path. The rest of each row is `decode_attention_kernel`'s business, and `merge_splits_kernel`
-puts the two together by their log-sum-exp.
+fast path. The rest of each row is `decode_attention_kernel`'s business, which puts the two
+together by their log-sum-exp, or leaves that to `merge_splits_kernel`.
 
 The kernel is one long function, for the reason that `attention_kernel` gives.
 
