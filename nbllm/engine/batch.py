@@ -191,7 +191,7 @@ class Batch:
             size = StepSize(num_tokens, num_seqs, len(sampled), num_blocks)
             buffers = StepBuffers(size, self.device)
         arrays = {
-            "input_ids": np.r_[-1 - rows[:num_decodes], np.frombuffer(token_ids, dtype=np.uintc)],
+            "input_ids": np.r_[-1 - rows[:num_decodes], np.asarray(token_ids)],
             "positions": positions,
             "slot_mapping": slots,
             "sampled_rows": rows[places[sampled]],

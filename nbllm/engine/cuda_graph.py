@@ -21,7 +21,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 256  # each takes some memory; what is rare enough to come later runs as it is
-_MAX_FAILURES = 3  # somebody else synchronized the device; a fourth time it is something else
+_MAX_FAILURES = 3  # somebody may have synchronized the device; three times it is something else
 
 
 class GraphCache:
