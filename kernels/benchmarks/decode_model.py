@@ -16,11 +16,10 @@ from torch import Tensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
-    attention_inputs,
+    attention,
     linear,
     norm_gated_linear,
     norm_linear,
-    paged_attention,
     rms_norm,
     silu_and_mul,
 )
@@ -169,9 +168,15 @@ class DecodeModel:
             qkv = F.linear(rms_norm(x, layer.input_norm, EPS), layer.qkv)
         keys, values = layer.kv_cache
         rope = self.table, self.positions
-        query = attention_inputs(qkv, keys, values, self.metadata, rope=rope, norm=layer.head_norm)
-        scale = self.spec.head_dim**-0.5
-        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
+        attended = attention(
+            qkv,
+            keys,
+            values,
+            self.metadata,
+            rope=rope,
+            norm=layer.head_norm,
+            scale=self.spec.head_dim**-0.5,
+        ).flatten(1)
         if fused:
             x = linear(attended, layer.o, residual=x)
             inner = norm_gated_linear(x, layer.post_norm, EPS, layer.gate_up)

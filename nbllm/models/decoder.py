@@ -27,11 +27,10 @@ from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
-    attention_inputs,
+    attention,
     gelu_and_mul,
     norm_gated_linear,
     norm_linear,
-    paged_attention,
     rms_norm,
     silu_and_mul,
 )
@@ -117,14 +116,13 @@ class Attention(nn.Module):
             q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         key_cache, value_cache = kv_cache
-        q = attention_inputs(
-            qkv, key_cache, value_cache, metadata, rope=rope, norm=self._head_norm()
-        )
-        attended = paged_attention(
-            q,
+        attended = attention(
+            qkv,
             key_cache,
             value_cache,
             metadata,
+            rope=rope,
+            norm=self._head_norm(),
             scale=self.scale,
             sliding_window=self.window,
             softcap=self.softcap,

@@ -8,10 +8,6 @@ and reads nothing, and so does a row of length 0.
 A row's keys that it shares with others are `prefix_attention_kernel`'s business. Where a row's own
 keys are not split, the two are put together here; otherwise `merge_splits_kernel` does that.
 
-Where rows are few, the first tile of keys and values is requested before `gdc_wait`. The rules of
-`programmatic_launch` allow that for old tokens, which earlier steps have stored; the row's newest
-key and value are put into the tile afterwards.
-
 `decode_attention_kernel` is one long function: its pieces share a dozen values of the program,
 which a helper would take and return one by one.
 
@@ -30,7 +26,7 @@ from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     q: tl.tensor,  # [BLOCK_M, PADDED_DIM]
     k: tl.tensor,  # [BLOCK_N, PADDED_DIM]
     v: tl.tensor,
@@ -60,7 +56,7 @@ def _attend_tile(
 
 
 @triton.jit
-def _slots(
+def slots_of(
     table_ptr: tl.tensor,
     page: tl.tensor,  # of the tile, if ONE_PAGE
     key: tl.tensor,
@@ -104,7 +100,6 @@ def decode_attention_kernel(
     NUM_SPLITS: tl.constexpr,
     TOTAL_SPLITS: tl.constexpr,  # the last NUM_SPLITS of them are this kernel's
     MERGED_SPLITS: tl.constexpr,  # of the prefix, merged here
-    EARLY_TILE: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -113,8 +108,7 @@ def decode_attention_kernel(
 ) -> None:
     if LAUNCH_PDL:
         gdc_launch_dependents()
-        if not EARLY_TILE:
-            gdc_wait()
+        gdc_wait()
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -152,46 +146,12 @@ def decode_attention_kernel(
         page = tl.load(table_ptr + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
     q_ptr += seq * stride_q_token + head[:, None] * STRIDE_Q_HEAD + dim[None, :]
 
-    if EARLY_TILE:
-        newest = seq_len - 1
-        key = begin * BLOCK_N + tl.arange(0, BLOCK_N)
-        # An empty split begins at its end, or behind it.
-        visible = (key >= low) & (key < tl.minimum(seq_len, end * BLOCK_N))
-        slot = _slots(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
-        offset = slot[:, None] * HEAD_DIM + dim[None, :]
-        old = (visible & (key < newest))[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            old = old & kv_dim
-        k = tl.load(k_ptr + offset, mask=old, other=0.0)
-        v = tl.load(v_ptr + offset, mask=old, other=0.0)
-        if ONE_PAGE:
-            following = (begin + 1) * BLOCK_N // PAGE_SIZE
-            page = tl.load(table_ptr + following, mask=begin + 1 < end, other=0)
-        has_newest = (newest // BLOCK_N == begin) & (begin < end)
-        newest_page = tl.load(table_ptr + newest // PAGE_SIZE, mask=has_newest, other=0)
-        newest_slot = (newest_page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE
-        newest_offset = (newest_slot + newest % PAGE_SIZE) * HEAD_DIM + dim
-        if LAUNCH_PDL:
-            gdc_wait()
-        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
-        newest_mask = dim < tl.where(has_newest, HEAD_DIM, 0)
-        newest_k = tl.load(k_ptr + newest_offset, mask=newest_mask, other=0.0)
-        newest_v = tl.load(v_ptr + newest_offset, mask=newest_mask, other=0.0)
-        if begin < end:
-            is_newest = (key == newest)[:, None]
-            k = tl.where(is_newest, newest_k[None, :], k)
-            v = tl.where(is_newest, newest_v[None, :], v)
-            highest, total, acc = _attend_tile(
-                q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
-            )
-        begin += 1
-    else:
-        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+    q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
 
     for tile in range(begin, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = (key >= low) & (key < seq_len)
-        slot = _slots(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
+        slot = slots_of(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
         if ONE_PAGE:
             following = (tile + 1) * BLOCK_N // PAGE_SIZE
             page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
@@ -202,7 +162,7 @@ def decode_attention_kernel(
             kv_mask = kv_mask & kv_dim
         k = tl.load(k_ptr + offset, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + offset, mask=kv_mask, other=0.0)
-        highest, total, acc = _attend_tile(
+        highest, total, acc = attend_tile(
             q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
         )
 
