@@ -84,6 +84,8 @@ class Request:
         needs_known_tokens: the host must have seen the last token before the next is computed.
         ends_on_host: only the host can tell whether a token ends the text: every step that is run
             before it has seen the token may be one too many.
+        is_finished: nothing more will be generated. It becomes true after all else is set: readers
+            in other threads go by it.
         num_computed_tokens: tokens whose keys and values are in the cache once all enqueued steps
             have run.
         num_output_placeholders: tokens that enqueued steps sample; an end that only their values
@@ -112,9 +114,11 @@ class Request:
     max_num_tokens: int = field(init=False)
     needs_known_tokens: bool = field(init=False)
     ends_on_host: bool = field(init=False)
+    _min_num_tokens: int = field(init=False)  # prompt and generated tokens before it may stop
     _always_shapes_logits: bool = field(init=False)
 
     status: RequestStatus = RequestStatus.WAITING
+    is_finished: bool = False
     num_computed_tokens: int = 0
     num_output_placeholders: int = 0
     num_cached_tokens: int = 0
@@ -140,6 +144,7 @@ class Request:
             or params.repetition_penalty != 1.0
         )
         self.max_num_tokens = self.num_prompt_tokens + self.max_tokens
+        self._min_num_tokens = self.num_prompt_tokens + params.min_tokens
         self._watch_host()
         num_logprobs = params.logprobs or 0
         self.reports_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
@@ -172,22 +177,16 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
-    def is_finished(self) -> bool:
-        """True once nothing more will be generated."""
-        return self.status is RequestStatus.FINISHED
-
-    @property
     def is_decoding(self) -> bool:
         """True if all that is left to compute is the token sampled last."""
-        return (
-            self.num_computed_tokens == self.num_booked_tokens - 1
-            and self.num_computed_tokens >= self.num_prompt_tokens
-        )
+        num_computed = self.num_computed_tokens
+        num_left = len(self.token_ids) + self.num_output_placeholders - num_computed
+        return num_left == 1 and num_computed >= self.num_prompt_tokens
 
     @property
     def is_booked_out(self) -> bool:
         """True if enqueued steps take it to its full length, should nothing end it before."""
-        return self.num_booked_tokens >= self.max_num_tokens
+        return len(self.token_ids) + self.num_output_placeholders >= self.max_num_tokens
 
     @property
     def has_computed_prompt(self) -> bool:
@@ -204,10 +203,7 @@ class Request:
     def shapes_logits(self) -> bool:
         """True if the host has a word in which token is next, or a report of it is wanted that only
         the host can ask for: the step can't run on the device alone."""
-        min_tokens = self.sampling_params.min_tokens
-        return self._always_shapes_logits or (
-            min_tokens > 0 and self.num_booked_tokens - self.num_prompt_tokens < min_tokens
-        )
+        return self._always_shapes_logits or self.num_booked_tokens < self._min_num_tokens
 
     def start_running(self) -> None:
         """WAITING -> RUNNING."""
@@ -238,22 +234,25 @@ class Request:
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.metrics.finished_time = time.monotonic()
-        self.status = RequestStatus.FINISHED  # last: a reader in another thread finds it complete
+        self.status = RequestStatus.FINISHED
+        self.is_finished = True
 
     def extend(self, token_ids: list[int]) -> None:
         """Take sampled tokens, up to the first that ends the text.
 
         Token ids are checked here; stop strings by `stop_checker`, which sees text.
         """
-        if token_ids and not self.metrics.first_token_time:
+        if not token_ids:
+            return
+        if not self.metrics.first_token_time:
             self.metrics.first_token_time = time.monotonic()
-        if self.ends_on_host or self.num_output_tokens < self.sampling_params.min_tokens:
+        if self.ends_on_host or len(self.token_ids) < self._min_num_tokens:
             for token_id in token_ids:
                 self.token_ids.append(token_id)
                 self._check_end()
                 if self.is_finished:
                     return
-        elif token_ids:  # the device stopped by the same rules: only the last can be an end
+        else:  # the device stopped by the same rules: only the last can be an end
             self.token_ids.extend(token_ids)
             self._check_end()
 
@@ -270,21 +269,19 @@ class Request:
 
     def _check_end(self) -> None:
         """Finish if the last token ends the text."""
-        token_id, params = self.token_ids[-1], self.sampling_params
+        token_id, num_tokens = self.token_ids[-1], len(self.token_ids)
         stop_string = self.stop_checker([token_id]) if self.stop_checker is not None else None
-        if self.num_output_tokens >= params.min_tokens:
-            if token_id in self.eos_token_ids:
-                self.finish(FinishReason.STOP)
-                return
-            if params.stop_token_ids and token_id in params.stop_token_ids:
-                self.finish(FinishReason.STOP, stop_reason=token_id)
+        if num_tokens >= self._min_num_tokens:
+            if token_id in self.stop_ids:
+                is_eos = token_id in self.eos_token_ids
+                self.finish(FinishReason.STOP, stop_reason=None if is_eos else token_id)
                 return
             if stop_string is not None:
                 self.finish(FinishReason.STOP, stop_reason=stop_string)
                 return
-        if self.num_output_tokens >= self.max_tokens:
+        if num_tokens >= self.max_num_tokens:
             self.finish(FinishReason.LENGTH)
-        elif params.repetition_detection is not None and self._repeats():
+        elif self.sampling_params.repetition_detection is not None and self._repeats():
             self.finish(FinishReason.REPETITION)
 
     def _repeats(self) -> bool:

@@ -111,22 +111,22 @@ class Scheduler:
                 of the steps up to the one that ended it.
         """
         for item in output.scheduled:
-            request = item.request
-            if request.is_finished or not item.num_sampled_tokens:
+            request, num_sampled = item.request, item.num_sampled_tokens
+            if request.is_finished or not num_sampled:
                 continue  # it failed or was aborted while the step ran, or ended before it
             tokens = sampled.get(request, [])
-            request.num_output_placeholders -= item.num_sampled_tokens
+            request.num_output_placeholders -= num_sampled
             try:
                 request.extend(tokens)
             except Exception as error:  # a stop checker that fails concerns its request only
                 self.finish(request, FinishReason.ERROR, error)
                 continue
-            if not request.is_finished and len(tokens) != item.num_sampled_tokens:
+            if len(tokens) != num_sampled and not request.is_finished:
                 raise RuntimeError(f"{len(tokens)} tokens for {request.request_id}, which goes on")
             self.block_manager.register_full_blocks(request)
             if request.is_finished:
                 self._forget(request)
-            elif request.num_tokens == request.restart_len:
+            elif request.restart_len is not None and request.num_tokens == request.restart_len:
                 request.begin_restart()
                 self._preempt(request, self._released)
 
@@ -244,8 +244,9 @@ class Scheduler:
         return self._book(ScheduledRequest(request, start, 1, num_steps, request.shapes_logits))
 
     def _book(self, item: ScheduledRequest) -> ScheduledRequest:
-        request, num_sampled = item.request, item.num_sampled_tokens
-        request.num_computed_tokens += item.num_scheduled_tokens + max(num_sampled - 1, 0)
+        request, _, num_scheduled, num_sampled, _ = item
+        # After the first token that is sampled, each is computed in the step that samples the next.
+        request.num_computed_tokens += num_scheduled + (num_sampled - 1 if num_sampled else 0)
         request.num_output_placeholders += num_sampled
         self.block_manager.register_full_blocks(request)
         if num_sampled and request.is_booked_out:
