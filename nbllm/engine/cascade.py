@@ -29,7 +29,7 @@ class Cascade:
     Attributes:
         metadata: the bucket's, with a shared prefix.
         prefix: that prefix.
-        is_filled: sequences share something.
+        is_filled: the sequences that it was last filled for share something that is worth it.
     """
 
     metadata: AttentionMetadata
@@ -52,15 +52,12 @@ class Cascade:
         )
         return cls(replace(metadata, shared_prefix=prefix, scratch={}), prefix)
 
-    def fill(self, batch: Batch, decodes: Sequence[ScheduledRequest]) -> bool:
+    def fill(self, batch: Batch, decodes: Sequence[ScheduledRequest]) -> None:
         """Look what the decoding sequences share, and send it.
 
         Args:
             batch: up to date with the step.
             decodes: in the step's order.
-
-        Returns:
-            False if they share nothing that is worth it.
         """
         num_tiles, rows_per_tile = self.prefix.tile_rows.shape
         tiled = tile_shared_prefixes(
@@ -75,10 +72,9 @@ class Cascade:
                 self.prefix.lens.zero_()
                 self.prefix.tile_rows.fill_(-1)
             self.is_filled = False
-            return False
+            return
         self.is_filled = True
         lens, tile_rows = batch.to_device(tiled[0], tiled[1].ravel())
         self.prefix.lens.zero_()
         self.prefix.lens[: len(decodes)] = lens.to(torch.int32)
         self.prefix.tile_rows.copy_(tile_rows.view(self.prefix.tile_rows.shape))
-        return True

@@ -48,7 +48,6 @@ class _Bucket:
     logprobs: LogprobTensors | None = None
     kind: SamplingKind = field(default_factory=SamplingKind)
     filled_for: tuple[int, list[int]] | None = None
-    shares: bool = False
 
 
 class DecodeLoop:
@@ -90,13 +89,13 @@ class DecodeLoop:
         self._fill(bucket, scheduled)
         kind = bucket.kind
         metadata = bucket.metadata
-        if bucket.shares and bucket.cascade is not None:
+        if bucket.cascade is not None and bucket.cascade.is_filled:
             metadata = bucket.cascade.metadata
         if kind.any_logprob and bucket.logprobs is None:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.rows), self._batch.vocab_size, self._batch.device
             )
-        key = ("decode", len(bucket.rows), kind, bucket.shares)
+        key = ("decode", len(bucket.rows), kind, metadata is bucket.metadata)
         for _ in range(output.num_steps):
             self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
         report = captured_report(bucket.logprobs, scheduled) if kind.any_logprob else None
@@ -129,7 +128,8 @@ class DecodeLoop:
         bucket.kind = SamplingKind.of(scheduled)
         padding = [batch.null_row] * (len(bucket.rows) - len(rows))
         bucket.rows.copy_(batch.to_device(rows + padding)[0])
-        bucket.shares = bucket.cascade is not None and bucket.cascade.fill(batch, scheduled)
+        if bucket.cascade is not None:
+            bucket.cascade.fill(batch, scheduled)
 
     def _find_bucket(self, num_rows: int) -> _Bucket:
         """The buffers that fit best; without graphs, some of that very size."""

@@ -264,15 +264,6 @@ class ModelRunner:
             result.prompt_logprobs[request] = entries
 
 
-def _rows_with_logprobs(sampled: Sequence[ScheduledRequest]) -> list[int]:
-    return [
-        row
-        for row, item in enumerate(sampled)
-        if item.request.sampling_params.logprobs is not None
-        or item.request.sampling_params.logprob_token_ids is not None
-    ]
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, enqueued on the current stream."""
     tensor.record_stream(torch.cuda.current_stream())  # not reused before the copy is made

@@ -147,6 +147,16 @@ def test_steps_in_a_row_take_no_longer_than_they_should(
     assert in_a_row == [8, 3, 3, 3, 3]
 
 
+def check_six_texts(engine: Engine, make: Callable[[], Request]) -> None:
+    """One after the other they are the same, whatever is captured in between."""
+    requests = [make() for _ in range(6)]
+    for request in requests:
+        engine.add(request)
+        run(engine)
+    texts = [request.output_token_ids for request in requests]
+    assert texts == [texts[0]] * 6
+
+
 @pytest.mark.parametrize("num_failures", [1, 2, 3])
 def test_a_capture_that_fails_is_made_later_or_given_up_and_costs_no_token(
     make_replaying_engine: MakeEngine,
@@ -164,13 +174,7 @@ def test_a_capture_that_fails_is_made_later_or_given_up_and_costs_no_token(
         return record(graphs, work)
 
     monkeypatch.setattr(GraphCache, "_record", disturbed)
-    texts = []
-    for _ in range(6):
-        request = make_request([5, 6, 7], max_tokens=20)
-        engine.add(request)
-        run(engine)
-        texts.append(request.output_token_ids)
-    assert texts == [texts[0]] * 6
+    check_six_texts(engine, lambda: make_request([5, 6, 7], max_tokens=20))
     assert failures == [num_failures]
     assert bool(engine.runner.graphs.num_replays) == (num_failures < 3)
 
@@ -308,13 +312,7 @@ def test_a_capture_during_which_the_device_is_synchronized_costs_no_token(
         return record(graphs, synchronize)
 
     monkeypatch.setattr(GraphCache, "_record", disturbed)
-    texts = []
-    for _ in range(6):
-        request = make_request([5, 6, 7], max_tokens=40)
-        engine.add(request)
-        run(engine)
-        texts.append(request.output_token_ids)
-    assert texts == [texts[0]] * 6
+    check_six_texts(engine, lambda: make_request([5, 6, 7], max_tokens=40))
     assert failures == [num_failures]
     assert bool(engine.runner.graphs.num_replays) == (num_failures < 3)
     engine.release()
@@ -336,11 +334,11 @@ def test_rows_that_begin_alike_are_decoded_with_a_shared_prefix(
     shared = set()
     fill = Cascade.fill
 
-    def watched(cascade: Cascade, *arguments: Any) -> bool:
-        if fill(cascade, *arguments):
+    def watched(cascade: Cascade, *arguments: Any) -> None:
+        fill(cascade, *arguments)
+        if cascade.is_filled:
             metadata = cascade.metadata
             shared.add("mixed" if len(metadata.seq_lens) > metadata.num_decode_seqs else "decode")
-        return cascade.is_filled
 
     monkeypatch.setattr(Cascade, "fill", watched)
     for make in (make_engine, make_gpu_engine):

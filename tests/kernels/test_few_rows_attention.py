@@ -177,3 +177,20 @@ def test_steps_of_another_kind_are_not_its_business(
     assert not is_served([(1, 9), (4, 12)], torch.float16)
     assert not is_served([(1, 9)] * 200, torch.float16)
     assert not is_served([(1, 9)], torch.float16, batch_invariant=True)
+
+
+def test_what_no_attention_kernel_takes_is_refused(
+    paged_batch: PagedBatch, random_tensor: Callable[..., Tensor]
+) -> None:
+    from nbllm_kernels.gpu.few_rows_attention import few_rows_attention
+
+    _, keys, values, metadata = paged_batch([(1, 9)], dtype=torch.float16)
+    qkv = random_tensor(1, 8 * 64, dtype=torch.float16)
+    for options in ({"sliding_window": 0}, {"softcap": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            few_rows_attention(qkv, keys, values, metadata, scale=0.1, **options)
+    with pytest.raises(ValueError, match="3 query heads"):
+        few_rows_attention(qkv[:, : 7 * 64], keys, values, metadata, scale=0.1)
+    short = replace(metadata, block_tables=metadata.block_tables[:, :0])
+    with pytest.raises(ValueError, match="block_tables"):
+        few_rows_attention(qkv, keys, values, short, scale=0.1)

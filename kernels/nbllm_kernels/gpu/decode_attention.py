@@ -109,7 +109,7 @@ def decode_attention(
     num_rows, device = metadata.num_decode_seqs, query.device
     group = num_heads // num_kv_heads
     shape = decode_shape(query.dtype, head_dim, group)
-    num_splits = _num_own_splits(metadata, scores, shape, num_kv_heads)
+    num_splits = num_own_splits(metadata, scores, shape, num_kv_heads)
     prefix = metadata.shared_prefix if scores.window is None else None
     num_prefix_splits = 0 if prefix is None else _num_prefix_splits(prefix, num_rows, num_kv_heads)
     # What is not split by this kernel is merged by it.
@@ -162,7 +162,7 @@ def decode_attention(
     return split if total_splits > 1 else None
 
 
-def _num_own_splits(
+def num_own_splits(
     metadata: AttentionMetadata, scores: Scores, shape: LaunchShape, num_kv_heads: int
 ) -> int:
     """By the number of tiles of the longest text that there can be."""

@@ -56,20 +56,32 @@ def attend_tile(
 
 
 @triton.jit
-def slots_of(
+def load_tile(
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
     table_ptr: tl.tensor,
     page: tl.tensor,  # of the tile, if ONE_PAGE
-    key: tl.tensor,
-    key_mask: tl.tensor,
+    key: tl.tensor,  # [BLOCK_N]
+    visible: tl.tensor,  # the others may hold anything, NaN included: they are not read
     kv_head: tl.tensor,
+    dim: tl.tensor,  # [PADDED_DIM]
     NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ONE_PAGE: tl.constexpr,
 ) -> tl.tensor:
-    """Rows of the cache, seen as [rows, head_dim], that hold the keys of a tile."""
+    """Keys and values of a tile, [BLOCK_N, PADDED_DIM]."""
     if not ONE_PAGE:
-        page = tl.load(table_ptr + key // PAGE_SIZE, mask=key_mask, other=0)
-    return (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
+        page = tl.load(table_ptr + key // PAGE_SIZE, mask=visible, other=0)
+    slot = (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
+    offset = slot[:, None] * HEAD_DIM + dim[None, :]
+    mask = visible[:, None]
+    if HEAD_DIM != PADDED_DIM:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + offset, mask=mask, other=0.0)
+    v = tl.load(v_ptr + offset, mask=mask, other=0.0)
+    return k, v
 
 
 @triton.jit(do_not_specialize=["stride_table", "window"])
@@ -151,17 +163,26 @@ def decode_attention_kernel(
     for tile in range(begin, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = (key >= low) & (key < seq_len)
-        slot = slots_of(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
+        next_page = page
         if ONE_PAGE:
             following = (tile + 1) * BLOCK_N // PAGE_SIZE
-            page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
-        offset = slot[:, None] * HEAD_DIM + dim[None, :]
-        # Slots outside of [low, seq_len) may hold anything, NaN included: they are not read.
-        kv_mask = visible[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            kv_mask = kv_mask & kv_dim
-        k = tl.load(k_ptr + offset, mask=kv_mask, other=0.0)
-        v = tl.load(v_ptr + offset, mask=kv_mask, other=0.0)
+            next_page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
+        k, v = load_tile(
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            page,
+            key,
+            visible,
+            kv_head,
+            dim,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            PADDED_DIM,
+            PAGE_SIZE,
+            ONE_PAGE,
+        )
+        page = next_page
         highest, total, acc = attend_tile(
             q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
         )

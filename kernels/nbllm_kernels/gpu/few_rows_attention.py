@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
 from nbllm_kernels.attention_metadata import AttentionMetadata
@@ -13,15 +12,15 @@ from nbllm_kernels.gpu.attention_inputs import check_inputs
 from nbllm_kernels.gpu.decode_attention import (
     Scores,
     SplitAttention,
-    choose_num_splits,
     decode_shape,
     merge_splits,
+    num_own_splits,
     padded_dim,
 )
 from nbllm_kernels.gpu.device import num_multiprocessors
 from nbllm_kernels.gpu.few_rows_attention_kernel import few_rows_attention_kernel
+from nbllm_kernels.gpu.paged_attention import check_attention
 from nbllm_kernels.gpu.programmatic_launch import launch_options
-from nbllm_kernels.gpu.validation import require, require_index
 
 if TYPE_CHECKING:
     from nbllm_kernels.attention_inputs import HeadNorm
@@ -60,18 +59,13 @@ def few_rows_attention(
         ValueError: shapes, dtypes or strides don't fit.
     """
     num_heads = check_inputs(qkv, key_cache, value_cache, metadata, rope, norm)
-    _check(metadata, key_cache.shape[2])
+    check_attention(num_heads, key_cache, metadata, sliding_window, softcap)
     num_rows, device = qkv.shape[0], qkv.device
     _, num_kv_heads, page_size, head_dim = key_cache.shape
     group = num_heads // num_kv_heads
     scores = Scores.make(scale, sliding_window, softcap)
     shape = decode_shape(qkv.dtype, head_dim, group)
-    visible = metadata.max_seq_len
-    if sliding_window is not None:
-        visible = min(visible, sliding_window + shape.block_n)
-    num_splits = choose_num_splits(
-        num_rows * num_kv_heads, triton.cdiv(visible, shape.block_n), num_multiprocessors(device)
-    )
+    num_splits = num_own_splits(metadata, scores, shape, num_kv_heads)
     output = torch.empty((num_rows, num_heads, head_dim), dtype=qkv.dtype, device=device)
     partial = lse = output
     if num_splits > 1:
@@ -121,17 +115,3 @@ def few_rows_attention(
     if num_splits > 1:
         merge_splits(SplitAttention(partial, lse, None, 0), output)
     return output
-
-
-def _check(metadata: AttentionMetadata, page_size: int) -> None:
-    num_rows, tables = metadata.num_decode_seqs, metadata.block_tables
-    device = tables.device
-    require_index("seq_lens", metadata.seq_lens, (num_rows,), torch.int32, device)
-    require(
-        tables.ndim == 2
-        and tables.shape[0] == num_rows
-        and tables.dtype == torch.int32
-        and tables.stride(1) == 1
-        and tables.shape[1] * page_size >= metadata.max_seq_len,
-        lambda: f"block_tables must be [{num_rows}, pages of {metadata.max_seq_len} tokens] int32",
-    )

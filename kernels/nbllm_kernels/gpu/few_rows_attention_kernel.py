@@ -9,6 +9,9 @@ a launch as long as rows are few.
 
 The first tile of keys and values is requested before `gdc_wait`: the rules of
 `programmatic_launch` allow that for old tokens.
+
+The kernel is one long function, for the reason that `decode_attention_kernel` gives; and what it
+does before `gdc_wait` and after it can be read off.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nbllm_kernels.gpu.activation import tanh
-from nbllm_kernels.gpu.decode_attention_kernel import attend_tile, slots_of
+from nbllm_kernels.gpu.decode_attention_kernel import attend_tile, load_tile
 from nbllm_kernels.gpu.kv_dtype import to_cache, to_operand
 
 
@@ -129,13 +132,21 @@ def few_rows_attention_kernel(
     key = begin * BLOCK_N + tl.arange(0, BLOCK_N)
     # An empty split begins at its end, or behind it.
     visible = (key >= low) & (key < tl.minimum(newest, end * BLOCK_N))
-    slot = slots_of(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
-    offset = slot[:, None] * HEAD_DIM + dim[None, :]
-    kv_mask = visible[:, None]
-    if HEAD_DIM != PADDED_DIM:
-        kv_mask = kv_mask & kv_dim
-    k = tl.load(k_ptr + offset, mask=kv_mask, other=0.0)
-    v = tl.load(v_ptr + offset, mask=kv_mask, other=0.0)
+    k, v = load_tile(
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        page,
+        key,
+        visible,
+        kv_head,
+        dim,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        PADDED_DIM,
+        PAGE_SIZE,
+        ONE_PAGE,
+    )
     if ONE_PAGE:
         following = (begin + 1) * BLOCK_N // PAGE_SIZE
         page = tl.load(table_ptr + following, mask=begin + 1 < end, other=0)
@@ -171,16 +182,26 @@ def few_rows_attention_kernel(
     for tile in range(begin + 1, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = key < newest
-        slot = slots_of(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
+        next_page = page
         if ONE_PAGE:
             following = (tile + 1) * BLOCK_N // PAGE_SIZE
-            page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
-        offset = slot[:, None] * HEAD_DIM + dim[None, :]
-        kv_mask = visible[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            kv_mask = kv_mask & kv_dim
-        k = tl.load(k_ptr + offset, mask=kv_mask, other=0.0)
-        v = tl.load(v_ptr + offset, mask=kv_mask, other=0.0)
+            next_page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
+        k, v = load_tile(
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            page,
+            key,
+            visible,
+            kv_head,
+            dim,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            PADDED_DIM,
+            PAGE_SIZE,
+            ONE_PAGE,
+        )
+        page = next_page
         highest, total, acc = attend_tile(
             q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
         )

@@ -122,6 +122,54 @@ def _launch_chunks(
     )
 
 
+def check_attention(
+    num_heads: int,
+    key_cache: Tensor,
+    metadata: AttentionMetadata,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
+    """What every attention kernel asks of shapes, lengths and block tables.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    _, num_kv_heads, page_size, head_dim = key_cache.shape
+    require(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        lambda: f"{num_heads} query heads do not fit the cache {describe(key_cache)}",
+    )
+    require(head_dim <= 256, lambda: f"head_dim is {head_dim}, at most 256")
+    require(
+        num_heads // num_kv_heads <= _MAX_GROUP,
+        lambda: (
+            f"{num_heads} query heads for {num_kv_heads} key heads: at most {_MAX_GROUP} for each"
+        ),
+    )
+    require(
+        sliding_window is None or sliding_window > 0, lambda: f"sliding_window is {sliding_window}"
+    )
+    require(softcap is None or softcap > 0, lambda: f"softcap is {softcap}")
+    num_seqs, tables = metadata.seq_lens.shape[0], metadata.block_tables
+    require_index("seq_lens", metadata.seq_lens, (num_seqs,), torch.int32, key_cache.device)
+    require(
+        tables.ndim == 2
+        and tables.shape[0] == num_seqs
+        and tables.dtype == torch.int32
+        and tables.stride(1) == 1,
+        lambda: f"block_tables must be [{num_seqs}, max_blocks] int32: {describe(tables)}",
+    )
+    require_like("block_tables", tables, metadata.seq_lens)
+    require(
+        tables.shape[1] * page_size >= metadata.max_seq_len,
+        lambda: (
+            f"block_tables have {tables.shape[1]} pages of {page_size} tokens, "
+            f"and a sequence has {metadata.max_seq_len}"
+        ),
+    )
+    require(0 <= metadata.num_decode_seqs <= num_seqs, lambda: "num_decode_seqs is out of range")
+
+
 def _check(
     query: Tensor,
     key_cache: Tensor,
@@ -135,43 +183,15 @@ def _check(
     _, num_heads, head_dim = query.shape
     num_kv_heads, num_seqs = key_cache.shape[1], metadata.seq_lens.shape[0]
     require(
-        key_cache.shape[3] == head_dim and num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        key_cache.shape[3] == head_dim,
         lambda: f"query {describe(query)} does not fit the cache {describe(key_cache)}",
     )
-    require(head_dim <= 256, lambda: f"head_dim is {head_dim}, at most 256")
-    require(
-        num_heads // num_kv_heads <= _MAX_GROUP,
-        lambda: (
-            f"{num_heads} query heads for {num_kv_heads} key heads: at most {_MAX_GROUP} for each"
-        ),
-    )
-    require(
-        sliding_window is None or sliding_window > 0, lambda: f"sliding_window is {sliding_window}"
-    )
-    require(softcap is None or softcap > 0, lambda: f"softcap is {softcap}")
+    check_attention(num_heads, key_cache, metadata, sliding_window, softcap)
     device = query.device
     shape = (num_seqs + 1,)
     require_index("query_start_loc", metadata.query_start_loc, shape, torch.int32, device)
-    require_index("seq_lens", metadata.seq_lens, (num_seqs,), torch.int32, device)
-    tables = metadata.block_tables
-    require(
-        tables.ndim == 2
-        and tables.shape[0] == num_seqs
-        and tables.dtype == torch.int32
-        and tables.stride(1) == 1,
-        lambda: f"block_tables must be [{num_seqs}, max_blocks] int32: {describe(tables)}",
-    )
-    require_like("block_tables", tables, metadata.seq_lens)
-    require(
-        tables.shape[1] * key_cache.shape[2] >= metadata.max_seq_len,
-        lambda: (
-            f"block_tables have {tables.shape[1]} pages of {key_cache.shape[2]} tokens, "
-            f"and a sequence has {metadata.max_seq_len}"
-        ),
-    )
     prefix = metadata.shared_prefix
     if prefix is not None:
         require_index("shared_prefix.lens", prefix.lens, (num_seqs,), torch.int32, device)
         tiles = (prefix.tile_rows.shape[0], rows_per_prefix_tile(num_heads, num_kv_heads))
         require_index("shared_prefix.tile_rows", prefix.tile_rows, tiles, torch.int32, device)
-    require(0 <= metadata.num_decode_seqs <= num_seqs, lambda: "num_decode_seqs is out of range")
