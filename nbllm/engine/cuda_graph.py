@@ -12,6 +12,8 @@ running a cell may well say that.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -39,7 +41,7 @@ class GraphCache:
         self.is_enabled = is_enabled
         self.num_replays = 0
         self._num_failures = 0
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, Callable[[], None]] = {}  # each enqueues one
         self._uncaptured: dict[Hashable, Callable[[], None]] = {}  # what has run once
         self._pool: Any = None
 
@@ -50,15 +52,15 @@ class GraphCache:
             key: stands for the function and all of its buffers.
             work: enqueues it on the current stream; free of synchronization.
         """
-        graph = self._graphs.get(key)
-        if graph is None and key in self._uncaptured:
-            graph = self._capture(key)
-        if graph is None:
+        replay = self._graphs.get(key)
+        if replay is None and key in self._uncaptured:
+            replay = self._capture(key)
+        if replay is None:
             work()
             if self._may_capture:
                 self._uncaptured[key] = work
             return
-        graph.replay()
+        replay()
         self.num_replays += 1
 
     def clear(self) -> None:
@@ -71,10 +73,10 @@ class GraphCache:
         num_keys = len(self._graphs) + len(self._uncaptured)
         return self.is_enabled and num_keys < _MAX_GRAPHS and self._num_failures < _MAX_FAILURES
 
-    def _capture(self, key: Hashable) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, key: Hashable) -> Callable[[], None] | None:
         work = self._uncaptured.pop(key)
         try:
-            graph = self._record(work)
+            replay = self._record(work)
         except RuntimeError as error:  # the work itself can go on
             self._num_failures += 1
             self._pool = None  # PyTorch takes it for one that is still being recorded to
@@ -82,11 +84,11 @@ class GraphCache:
                 self._uncaptured.clear()
                 logger.warning("no more CUDA graphs are captured from now on: %s", error)
             return None
-        self._graphs[key] = graph
-        return graph
+        self._graphs[key] = replay
+        return replay
 
-    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Capture on the current stream.
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture on the current stream; returns what enqueues the same work again.
 
         Not with `torch.cuda.graph`, which first waits for the device, runs the cycle collector and
         gives unused memory back: steps are pending, and what they wait for is this one.
@@ -100,4 +102,36 @@ class GraphCache:
             work()
         finally:
             graph.capture_end()
-        return graph
+        return _make_replay(graph)
+
+
+def _make_replay(graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+    """What enqueues a captured graph on the current stream.
+
+    `CUDAGraph.replay` lets go of the interpreter's lock, for a launch of some ten microseconds. To
+    get it back from a cell that computes in pure Python takes hundreds, and eight launches follow
+    one another: so this calls the driver itself and keeps the lock, where the driver is found under
+    its usual name.
+    """
+    launch = _driver_launch()
+    if launch is None:
+        return graph.replay
+
+    def replay() -> None:
+        stream = torch.cuda.current_stream()
+        status = launch(graph.raw_cuda_graph_exec(), stream.cuda_stream)
+        if status:
+            raise RuntimeError(f"CUDA error {status} (cuGraphLaunch)")
+
+    return replay
+
+
+@functools.cache
+def _driver_launch() -> Callable[[int, int], int] | None:
+    try:
+        launch = ctypes.PyDLL("libcuda.so.1").cuGraphLaunch
+    except (OSError, AttributeError):
+        return None
+    launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    launch.restype = ctypes.c_int
+    return launch

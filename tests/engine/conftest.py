@@ -38,13 +38,6 @@ def make_request() -> Callable[..., Request]:
     return make
 
 
-class Replay:
-    """What a CUDA graph does, where there is none: the same work on the same buffers."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.replay = work
-
-
 @pytest.fixture
 def make_replaying_engine(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
@@ -58,8 +51,9 @@ def make_replaying_engine(
         engine.runner.max_steps, engine.runner.max_pending_steps = 8, 2
         return engine
 
-    # A real capture only records, and the replay that follows does the work for the first time.
-    monkeypatch.setattr(GraphCache, "_record", lambda _, work: Replay(work))
+    # What a CUDA graph does, where there is none: the same work on the same buffers. A real capture
+    # only records, too, and the replay that follows does the work for the first time.
+    monkeypatch.setattr(GraphCache, "_record", lambda _, work: work)
     return make
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nbllm import SamplingParams
 from nbllm.config import EngineConfig
 from nbllm.engine.compile_ahead import compile_ahead
 from nbllm.engine.engine import Engine
@@ -73,3 +74,30 @@ def test_a_failure_is_left_to_the_step_that_somebody_waits_for(
         pass
     with pytest.raises(KeyError), compile_ahead(engine.runner):  # the caller's own is not lost
         raise KeyError
+
+
+@pytest.mark.gpu
+def test_nothing_is_left_to_compile_for_the_first_texts(
+    make_checkpoint: MakeCheckpoint,
+    make_request: Callable[..., Request],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton import knobs
+
+    folder, _ = make_checkpoint("Qwen3", head_dim=64, num_hidden_layers=2)
+    options = OPTIONS | {"device": "cuda", "dtype": "bfloat16", "max_model_len": 512}
+    engine = load_engine(folder, EngineConfig(**options)).engine
+    compiled: list[str] = []
+
+    def record(*_: Any, fn: Any, **__: Any) -> None:
+        compiled.append(fn.name)
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
+    for temperature, top_p in [(0.0, 1.0), (0.7, 1.0), (0.7, 0.9)]:
+        params = SamplingParams(temperature=temperature, top_p=top_p, ignore_eos=True)
+        for length in (7, 100):
+            engine.add(make_request(list(range(2, 2 + length)), max_tokens=24, params=params))
+            while engine.has_requests:
+                engine.step()
+    assert compiled == []
+    engine.release()

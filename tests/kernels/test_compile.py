@@ -94,6 +94,39 @@ def compile_attention(
     return compile_kernel(kernel, types, constants, **options)
 
 
+def compile_prefix(dtype: torch.dtype, head_dim: int, group: int) -> Any:
+    import triton
+
+    from nbllm_kernels.attention_metadata import rows_per_prefix_tile
+    from nbllm_kernels.gpu.decode_attention import decode_shape
+    from nbllm_kernels.gpu.prefix_attention_kernel import prefix_attention_kernel as kernel
+
+    shape = decode_shape(dtype, head_dim, group)
+    rows = rows_per_prefix_tile(8 * group, 8)
+    constants: dict[str, Any] = {
+        "STRIDE_Q_HEAD": head_dim,
+        "NUM_KV_HEADS": 8,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": triton.next_power_of_2(head_dim),
+        "PAGE_SIZE": 64,
+        "ROWS": rows,
+        "BLOCK_M": max(16, triton.next_power_of_2(rows * group)),
+        "BLOCK_N": shape.block_n,
+        "NUM_SPLITS": 4,
+        "TOTAL_SPLITS": 5,
+        "HAS_SOFTCAP": False,
+        "PRECISION": "ieee",
+        "LAUNCH_PDL": True,
+    }
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32", "scale_out": "fp32"}
+    tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
+    types |= dict.fromkeys(tensors, f"*{TYPES[dtype]}") | {"lse_ptr": "*fp32"}
+    types |= dict.fromkeys(("prefix_lens_ptr", "tile_rows_ptr", "block_tables_ptr"), "*i32")
+    options: dict[str, Any] = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return compile_kernel(kernel, types, constants, launch_pdl=True, **options)
+
+
 def compile_skinny(
     num_rows: int, out_features: int, in_features: int, activation: str, has_norm: bool
 ) -> Any:
@@ -148,6 +181,7 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
         (torch.bfloat16, 128, 2, True),
         (torch.bfloat16, 80, 1, True),
         (torch.float32, 64, 2, False),
+        (torch.float32, 128, 2, True),
     ],
 )
 def test_attention_compiles_for_hopper_without_spills(
@@ -228,6 +262,19 @@ def test_a_prefix_is_merged_for_hopper_without_spills(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     options = {"is_decode": True, "cache_dtype": cache_dtype, "merged_splits": merged_splits}
     kernel = compile_attention(torch.bfloat16, 128, group, **options)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 128), (torch.float32, 256)]
+)
+def test_attention_to_a_prefix_compiles_for_hopper_without_spills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
+) -> None:
+    # A stack costs more than time: the driver keeps it for all threads that fit on the device.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compile_prefix(dtype, head_dim, 2)
     assert kernel.metadata.shared <= 227 * 1024
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
 

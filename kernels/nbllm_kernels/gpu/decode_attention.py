@@ -68,8 +68,9 @@ def decode_shape(dtype: torch.dtype, head_dim: int, group: int) -> LaunchShape:
     """The fixed table: depends on the model alone, never on the batch."""
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        # Products on the plain cores in full precision: small tiles, or registers spill.
-        return LaunchShape(block_m, 32 if head_dim <= 128 else 16, 4, 2)
+        # Products on the plain cores in full precision: small tiles and many warps, or registers
+        # spill, and then the driver takes gigabytes for the stacks and never gives them back.
+        return LaunchShape(block_m, 16, 8, 2 if head_dim <= 128 else 1)
     return LaunchShape(block_m, 64, 4, 3 if head_dim <= 128 else 2)
 
 
@@ -225,7 +226,7 @@ def _attend_to_prefix(
         TOTAL_SPLITS=split.partial.shape[2],
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",
-        num_warps=4,
+        num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         **launch_options(query.device),
     )
