@@ -83,7 +83,8 @@ def check_bfloat16(make_checkpoint: MakeCheckpoint, device: str, count: int) -> 
         tokens, logprobs = reference(exact, prompt)
         our_gaps.append(first_gap(tokens, output.outputs[0].token_ids, logprobs))
         their_gaps.append(first_gap(tokens, reference(half, prompt)[0], logprobs))
-    assert max(our_gaps) <= max(0.05, 1.25 * max(their_gaps))
+    # By chance a few prompts have no near tie on their side; of 300 their widest gap is 0.077.
+    assert max(our_gaps) <= max(0.1, 1.25 * max(their_gaps))
     wide, their_wide = (sum(gap > 0.05 for gap in gaps) for gaps in (our_gaps, their_gaps))
     assert wide <= 1.25 * their_wide + 1
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
-    attention,
+    attention_inputs,
     linear,
     norm_gated_linear,
     norm_linear,
+    paged_attention,
     rms_norm,
     silu_and_mul,
 )
@@ -168,15 +169,9 @@ class DecodeModel:
             qkv = F.linear(rms_norm(x, layer.input_norm, EPS), layer.qkv)
         keys, values = layer.kv_cache
         rope = self.table, self.positions
-        attended = attention(
-            qkv,
-            keys,
-            values,
-            self.metadata,
-            rope=rope,
-            norm=layer.head_norm,
-            scale=self.spec.head_dim**-0.5,
-        ).flatten(1)
+        query = attention_inputs(qkv, keys, values, self.metadata, rope=rope, norm=layer.head_norm)
+        scale = self.spec.head_dim**-0.5
+        attended = paged_attention(query, keys, values, self.metadata, scale=scale).flatten(1)
         if fused:
             x = linear(attended, layer.o, residual=x)
             inner = norm_gated_linear(x, layer.post_norm, EPS, layer.gate_up)

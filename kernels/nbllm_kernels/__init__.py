@@ -5,7 +5,6 @@ plain form of every op. Nothing here knows of requests, schedulers or models.
 """
 
 from nbllm_kernels.activation import gelu_and_mul, silu_and_mul
-from nbllm_kernels.attention import attention
 from nbllm_kernels.attention_inputs import HeadNorm, attention_inputs
 from nbllm_kernels.attention_metadata import (
     AttentionMetadata,
@@ -54,7 +53,6 @@ __all__ = [
     "Weight",
     "append_tokens",
     "apply_penalties",
-    "attention",
     "attention_inputs",
     "count_tokens",
     "decode_inputs",

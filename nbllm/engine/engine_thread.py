@@ -206,15 +206,15 @@ class EngineThread:
             self._shut_down(engine)
 
     def _run_commands(self, *, wait: bool) -> None:
-        """Run what is in the inbox; with `wait`, sleep until there is something."""
-        try:
-            while True:
-                command = self._inbox.get(block=wait)
-                self.last_progress = time.monotonic()
-                wait = False
-                command()
-        except queue.Empty:
-            pass
+        """Run what is in the inbox by now; with `wait`, sleep until there is something.
+
+        What is sent meanwhile waits for a step: a call sends its rows by the hundred, and the
+        device can begin with the first of them.
+        """
+        for _ in range(max(self._inbox.qsize(), int(wait))):
+            command = self._inbox.get()
+            self.last_progress = time.monotonic()
+            command()
 
     def _deliver(self, changed: Sequence[Request]) -> None:
         """Tell the streams of the requests that changed; forget those that finished."""

@@ -207,21 +207,27 @@ class Scheduler:
         Returns:
             how many steps, at least one: for that they have pages already.
         """
-        if max_steps == 1 or any(
-            r.ends_on_host or r.reports_logprobs or r.shapes_logits for r in requests
-        ):
+        if max_steps == 1:
             return 1
-        booked = [r.num_booked_tokens for r in requests]
-        remaining = [r.max_num_tokens - n for r, n in zip(requests, booked, strict=True)]
+        lens: list[tuple[Request, int, int]] = []  # tokens that it has, tokens that it may get
+        for request in requests:
+            if request.ends_on_host or request.reports_logprobs or request.shapes_logits:
+                return 1
+            num_tokens = request.num_booked_tokens
+            lens.append((request, num_tokens, request.max_num_tokens - num_tokens))
         # If somebody waits: the first place that becomes free is his.
+        remaining = [left for _, _, left in lens]
+        size = self.block_manager.block_size
         num_steps = min(max_steps, min(remaining) if self._num_waiting else max(remaining))
         while num_steps > 1:
             # The last token that is sampled needs no page yet.
             wanted = [
-                n + min(num_steps, left) - 1 for n, left in zip(booked, remaining, strict=True)
+                (request, num_tokens + min(num_steps, left) - 1)
+                for request, num_tokens, left in lens
+                if num_tokens + num_steps - 1 > len(request.block_table) * size
             ]
-            if self.block_manager.can_grow(zip(requests, wanted, strict=True)):
-                for request, num_tokens in zip(requests, wanted, strict=True):
+            if self.block_manager.can_grow(wanted):
+                for request, num_tokens in wanted:
                     self.block_manager.grow(request, num_tokens)
                 break
             num_steps //= 2
@@ -232,9 +238,11 @@ class Scheduler:
         start = request.num_computed_tokens
         num_tokens = min(request.num_tokens - start, budget)
         samples = start + num_tokens == request.num_tokens
-        return self._book(
+        item = self._book(
             ScheduledRequest(request, start, num_tokens, int(samples), request.shapes_logits)
         )
+        self.block_manager.register_full_blocks(request)
+        return item
 
     def _book_steps(self, request: Request, num_steps: int) -> ScheduledRequest:
         """Decode so many times, or as often as its length allows."""
@@ -248,7 +256,6 @@ class Scheduler:
         # After the first token that is sampled, each is computed in the step that samples the next.
         request.num_computed_tokens += num_scheduled + (num_sampled - 1 if num_sampled else 0)
         request.num_output_placeholders += num_sampled
-        self.block_manager.register_full_blocks(request)
         if num_sampled and request.is_booked_out:
             del self.running[request]
             self.ending[request] = None

@@ -27,10 +27,11 @@ from nbllm.models.weights import CheckpointTensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
-    attention,
+    attention_inputs,
     gelu_and_mul,
     norm_gated_linear,
     norm_linear,
+    paged_attention,
     rms_norm,
     silu_and_mul,
 )
@@ -116,13 +117,14 @@ class Attention(nn.Module):
             q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         key_cache, value_cache = kv_cache
-        attended = attention(
-            qkv,
+        q = attention_inputs(
+            qkv, key_cache, value_cache, metadata, rope=rope, norm=self._head_norm()
+        )
+        attended = paged_attention(
+            q,
             key_cache,
             value_cache,
             metadata,
-            rope=rope,
-            norm=self._head_norm(),
             scale=self.scale,
             sliding_window=self.window,
             softcap=self.softcap,

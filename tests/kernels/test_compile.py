@@ -49,7 +49,7 @@ def compile_attention(
     *,
     is_decode: bool,
     cache_dtype: torch.dtype | None = None,
-    merged_splits: int = 0,
+    merges: bool = False,
 ) -> Any:
     import triton
 
@@ -75,9 +75,8 @@ def compile_attention(
     kernel = paged_attention_kernel
     if is_decode:
         kernel = decode_attention_kernel
-        num_splits = 1 if merged_splits else 16
-        constants |= {"NUM_SPLITS": num_splits, "TOTAL_SPLITS": num_splits, "LAUNCH_PDL": True}
-        constants |= {"HAS_PREFIX": merged_splits > 0, "MERGED_SPLITS": merged_splits}
+        constants |= {"IS_SPLIT": not merges, "MERGES": merges, "HAS_PREFIX": merges}
+        constants |= {"EARLY_TILE": dtype != torch.float32 and not merges, "LAUNCH_PDL": True}
     types: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in ("k_ptr", "v_ptr"):
@@ -113,8 +112,6 @@ def compile_prefix(dtype: torch.dtype, head_dim: int, group: int) -> Any:
         "ROWS": rows,
         "BLOCK_M": max(16, triton.next_power_of_2(rows * group)),
         "BLOCK_N": shape.block_n,
-        "NUM_SPLITS": 4,
-        "TOTAL_SPLITS": 5,
         "HAS_SOFTCAP": False,
         "PRECISION": "ieee",
         "LAUNCH_PDL": True,
@@ -201,66 +198,16 @@ def test_attention_compiles_for_hopper_without_spills(
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
 
 
-@pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv"])
-@pytest.mark.parametrize(("head_dim", "group", "has_norm"), [(128, 2, True), (64, 4, False)])
-def test_attention_of_few_rows_compiles_for_hopper_without_spills(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cache: str,
-    head_dim: int,
-    group: int,
-    has_norm: bool,
-) -> None:
-    from nbllm_kernels.gpu.decode_attention import decode_shape
-    from nbllm_kernels.gpu.few_rows_attention_kernel import few_rows_attention_kernel as kernel
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    shape = decode_shape(torch.bfloat16, head_dim, group)
-    constants = {
-        "STRIDE_COS_SIN": head_dim,
-        "NUM_KV_HEADS": 8,
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": head_dim,
-        "HALF": head_dim // 2,
-        "PAGE_SIZE": 64,
-        "BLOCK_M": shape.block_m,
-        "BLOCK_N": shape.block_n,
-        "NUM_SPLITS": 16,
-        "HAS_NORM": has_norm,
-        "HAS_ROPE": True,
-        "HAS_WINDOW": False,
-        "HAS_SOFTCAP": False,
-        "PRECISION": "ieee",
-        "LAUNCH_PDL": True,
-    }
-    types = dict.fromkeys(kernel.arg_names, "i32")
-    types |= dict.fromkeys(("scale", "scale_out", "eps", "weight_offset"), "fp32")
-    types |= dict.fromkeys(("qkv_ptr", "out_ptr", "query_norm_ptr", "key_norm_ptr"), "*bf16")
-    types |= dict.fromkeys(("k_ptr", "v_ptr"), cache)
-    types |= dict.fromkeys(("lse_ptr", "cos_sin_ptr"), "*fp32")
-    types |= dict.fromkeys(("seq_lens_ptr", "block_tables_ptr"), "*i32")
-    types |= dict.fromkeys(("slot_mapping_ptr", "positions_ptr"), "*i64")
-    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages, "launch_pdl": True}
-    compiled = compile_kernel(kernel, types, constants, **options)
-    assert compiled.metadata.shared <= 227 * 1024
-    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
-    before, after = compiled.asm["ptx"].split("griddepcontrol.wait", 1)
-    assert "ld.global" in before and "st.global" not in before
-    assert "st.global" in after
-
-
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize(("group", "merged_splits"), [(2, 1), (4, 8)])
+@pytest.mark.parametrize("group", [2, 4])
 def test_a_prefix_is_merged_for_hopper_without_spills(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     cache_dtype: torch.dtype | None,
     group: int,
-    merged_splits: int,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    options = {"is_decode": True, "cache_dtype": cache_dtype, "merged_splits": merged_splits}
+    options = {"is_decode": True, "cache_dtype": cache_dtype, "merges": True}
     kernel = compile_attention(torch.bfloat16, 128, group, **options)
     assert kernel.metadata.shared <= 227 * 1024
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0

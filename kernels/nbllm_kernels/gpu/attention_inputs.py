@@ -211,7 +211,7 @@ def attention_inputs(
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
     """
-    num_heads = check_inputs(qkv, key_cache, value_cache, metadata, rope, norm)
+    num_heads = _check(qkv, key_cache, value_cache, metadata, rope, norm)
     num_tokens = qkv.shape[0]
     _, num_kv_heads, page_size, head_dim = key_cache.shape
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -254,7 +254,7 @@ def attention_inputs(
     return query
 
 
-def check_inputs(
+def _check(
     qkv: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,

@@ -17,6 +17,7 @@ from nbllm_kernels.gpu.programmatic_launch import launch_options
 LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
 _MAX_PREFIX_SPLITS = 8
+_FEW_PROGRAMS_PER_MULTIPROCESSOR = 2  # up to which the first tile is requested early
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ def decode_attention(
         split = SplitAttention(partial, lse, prefix, num_prefix_splits)
     if prefix is not None and split is not None:
         _attend_to_prefix(query, key_cache, value_cache, metadata, prefix, scores, split)
+    num_programs = num_rows * num_kv_heads * num_splits
+    few = _FEW_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         query,
         key_cache,
@@ -141,6 +144,8 @@ def decode_attention(
         scores.scale,
         scores.scale_out,
         scores.window or 0,
+        total_splits,
+        merged_splits,
         STRIDE_Q_HEAD=query.stride(1),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -149,10 +154,10 @@ def decode_attention(
         PAGE_SIZE=page_size,
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
-        NUM_SPLITS=num_splits,
-        TOTAL_SPLITS=total_splits,
-        MERGED_SPLITS=merged_splits,
+        IS_SPLIT=total_splits > 1,
+        MERGES=merged_splits > 0,
         HAS_PREFIX=prefix is not None,
+        EARLY_TILE=num_programs <= few and query.dtype != torch.float32,
         HAS_WINDOW=scores.window is not None,
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",
@@ -213,6 +218,7 @@ def _attend_to_prefix(
         metadata.block_tables.stride(0),
         scores.scale,
         scores.scale_out,
+        split.partial.shape[2],
         STRIDE_Q_HEAD=query.stride(1),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -222,8 +228,6 @@ def _attend_to_prefix(
         ROWS=rows,
         BLOCK_M=max(16, triton.next_power_of_2(rows * group)),
         BLOCK_N=min(shape.block_n, page_size),
-        NUM_SPLITS=split.num_prefix_splits,
-        TOTAL_SPLITS=split.partial.shape[2],
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",
         num_warps=shape.num_warps,
@@ -240,12 +244,13 @@ def merge_splits(split: SplitAttention, output: Tensor) -> None:
         split.lse,
         output,
         split.lse if split.prefix is None else split.prefix.lens,
+        num_splits,
+        split.num_prefix_splits,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        NUM_SPLITS=num_splits,
-        NUM_PREFIX_SPLITS=split.num_prefix_splits,
-        PADDED_SPLITS=triton.next_power_of_2(num_splits),
+        HAS_PREFIX=split.prefix is not None,
+        PADDED_SPLITS=_MAX_SPLITS if split.prefix is None else 2 * _MAX_SPLITS,
         num_warps=2,
         **launch_options(output.device),
     )

@@ -8,6 +8,10 @@ and reads nothing, and so does a row of length 0.
 A row's keys that it shares with others are `prefix_attention_kernel`'s business. Where a row's own
 keys are not split, the two are put together here; otherwise `merge_splits_kernel` does that.
 
+Where rows are few, the first tile of keys and values is requested before `gdc_wait`. The rules of
+`programmatic_launch` allow that for old tokens, which earlier steps have stored; the row's newest
+key and value are put into the tile afterwards.
+
 `decode_attention_kernel` is one long function: its pieces share a dozen values of the program,
 which a helper would take and return one by one.
 
@@ -26,7 +30,7 @@ from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
 @triton.jit
-def attend_tile(
+def _attend_tile(
     q: tl.tensor,  # [BLOCK_M, PADDED_DIM]
     k: tl.tensor,  # [BLOCK_N, PADDED_DIM]
     v: tl.tensor,
@@ -56,44 +60,32 @@ def attend_tile(
 
 
 @triton.jit
-def load_tile(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
+def _slots(
     table_ptr: tl.tensor,
     page: tl.tensor,  # of the tile, if ONE_PAGE
-    key: tl.tensor,  # [BLOCK_N]
-    visible: tl.tensor,  # the others may hold anything, NaN included: they are not read
+    key: tl.tensor,
+    key_mask: tl.tensor,
     kv_head: tl.tensor,
-    dim: tl.tensor,  # [PADDED_DIM]
     NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ONE_PAGE: tl.constexpr,
 ) -> tl.tensor:
-    """Keys and values of a tile, [BLOCK_N, PADDED_DIM]."""
+    """Rows of the cache, seen as [rows, head_dim], that hold the keys of a tile."""
     if not ONE_PAGE:
-        page = tl.load(table_ptr + key // PAGE_SIZE, mask=visible, other=0)
-    slot = (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
-    offset = slot[:, None] * HEAD_DIM + dim[None, :]
-    mask = visible[:, None]
-    if HEAD_DIM != PADDED_DIM:
-        mask = mask & (dim < HEAD_DIM)[None, :]
-    k = tl.load(k_ptr + offset, mask=mask, other=0.0)
-    v = tl.load(v_ptr + offset, mask=mask, other=0.0)
-    return k, v
+        page = tl.load(table_ptr + key // PAGE_SIZE, mask=key_mask, other=0)
+    return (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
 
 
-@triton.jit(do_not_specialize=["stride_table", "window"])
+@triton.jit(do_not_specialize=["stride_table", "window", "total_splits", "merged_splits"])
 def decode_attention_kernel(
     q_ptr: tl.tensor,  # [num_rows, num_heads, head_dim]
     k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
     v_ptr: tl.tensor,
-    out_ptr: tl.tensor,  # [num_rows, num_heads, TOTAL_SPLITS, head_dim], each split normalized
-    lse_ptr: tl.tensor,  # [num_rows, num_heads, TOTAL_SPLITS] float32, base 2, if TOTAL_SPLITS > 1
+    out_ptr: tl.tensor,  # [num_rows, num_heads, total_splits, head_dim], each split normalized
+    lse_ptr: tl.tensor,  # [num_rows, num_heads, total_splits] float32, base 2, if IS_SPLIT
     seq_lens_ptr: tl.tensor,  # [num_rows] int32
     prefix_lens_ptr: tl.tensor,  # [num_rows] int32, if HAS_PREFIX: keys that are not its business
-    prefix_out_ptr: tl.tensor,  # [num_rows, num_heads, MERGED_SPLITS, head_dim], if MERGED_SPLITS
+    prefix_out_ptr: tl.tensor,  # [num_rows, num_heads, merged_splits, head_dim], if MERGES
     prefix_lse_ptr: tl.tensor,  # the same without the last; both only for rows with a prefix
     block_tables_ptr: tl.tensor,  # [num_rows, max_blocks] int32
     stride_q_token: tl.tensor,
@@ -101,6 +93,8 @@ def decode_attention_kernel(
     scale: tl.tensor,  # of q k^T: times log2(e), or divided by the softcap
     scale_out: tl.tensor,  # softcap * log2(e)
     window: tl.tensor,
+    total_splits: tl.tensor,  # the last of them, as many as the grid has, are this kernel's
+    merged_splits: tl.tensor,  # of the prefix, merged here
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -109,9 +103,9 @@ def decode_attention_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    TOTAL_SPLITS: tl.constexpr,  # the last NUM_SPLITS of them are this kernel's
-    MERGED_SPLITS: tl.constexpr,  # of the prefix, merged here
+    IS_SPLIT: tl.constexpr,
+    MERGES: tl.constexpr,
+    EARLY_TILE: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -120,10 +114,12 @@ def decode_attention_kernel(
 ) -> None:
     if LAUNCH_PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        if not EARLY_TILE:
+            gdc_wait()
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    num_splits = tl.num_programs(2)
     seq_len = tl.load(seq_lens_ptr + seq)
     # Keys that are visible: low <= key < seq_len.
     low = 0
@@ -135,7 +131,7 @@ def decode_attention_kernel(
         low = tl.maximum(low, prefix_len)
     begin = low // BLOCK_N
     end = tl.cdiv(seq_len, BLOCK_N)
-    tiles_per_split = tl.cdiv(end - begin, NUM_SPLITS)
+    tiles_per_split = tl.cdiv(end - begin, num_splits)
     begin += split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, end)
 
@@ -158,40 +154,65 @@ def decode_attention_kernel(
         page = tl.load(table_ptr + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
     q_ptr += seq * stride_q_token + head[:, None] * STRIDE_Q_HEAD + dim[None, :]
 
-    q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+    if EARLY_TILE:
+        newest = seq_len - 1
+        key = begin * BLOCK_N + tl.arange(0, BLOCK_N)
+        # An empty split begins at its end, or behind it.
+        visible = (key >= low) & (key < tl.minimum(seq_len, end * BLOCK_N))
+        slot = _slots(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
+        offset = slot[:, None] * HEAD_DIM + dim[None, :]
+        old = (visible & (key < newest))[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            old = old & kv_dim
+        k = tl.load(k_ptr + offset, mask=old, other=0.0)
+        v = tl.load(v_ptr + offset, mask=old, other=0.0)
+        if ONE_PAGE:
+            following = (begin + 1) * BLOCK_N // PAGE_SIZE
+            page = tl.load(table_ptr + following, mask=begin + 1 < end, other=0)
+        has_newest = (newest // BLOCK_N == begin) & (begin < end)
+        newest_page = tl.load(table_ptr + newest // PAGE_SIZE, mask=has_newest, other=0)
+        newest_slot = (newest_page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE
+        newest_offset = (newest_slot + newest % PAGE_SIZE) * HEAD_DIM + dim
+        if LAUNCH_PDL:
+            gdc_wait()
+        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+        newest_mask = dim < tl.where(has_newest, HEAD_DIM, 0)
+        newest_k = tl.load(k_ptr + newest_offset, mask=newest_mask, other=0.0)
+        newest_v = tl.load(v_ptr + newest_offset, mask=newest_mask, other=0.0)
+        if begin < end:
+            is_newest = (key == newest)[:, None]
+            k = tl.where(is_newest, newest_k[None, :], k)
+            v = tl.where(is_newest, newest_v[None, :], v)
+            highest, total, acc = _attend_tile(
+                q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
+            )
+        begin += 1
+    else:
+        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
 
     for tile in range(begin, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = (key >= low) & (key < seq_len)
-        next_page = page
+        slot = _slots(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
         if ONE_PAGE:
             following = (tile + 1) * BLOCK_N // PAGE_SIZE
-            next_page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
-        k, v = load_tile(
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            page,
-            key,
-            visible,
-            kv_head,
-            dim,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            PADDED_DIM,
-            PAGE_SIZE,
-            ONE_PAGE,
-        )
-        page = next_page
-        highest, total, acc = attend_tile(
+            page = tl.load(table_ptr + following, mask=tile + 1 < end, other=0)
+        offset = slot[:, None] * HEAD_DIM + dim[None, :]
+        # Slots outside of [low, seq_len) may hold anything, NaN included: they are not read.
+        kv_mask = visible[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            kv_mask = kv_mask & kv_dim
+        k = tl.load(k_ptr + offset, mask=kv_mask, other=0.0)
+        v = tl.load(v_ptr + offset, mask=kv_mask, other=0.0)
+        highest, total, acc = _attend_tile(
             q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
         )
 
     head_row = seq * (NUM_KV_HEADS * GROUP) + head
-    if MERGED_SPLITS > 0:
+    if MERGES:
         if prefix_len > 0:  # then its newest key at least is its own: `highest` is finite
-            for part in tl.static_range(MERGED_SPLITS):
-                part_row = head_row * MERGED_SPLITS + part
+            for part in range(merged_splits):
+                part_row = head_row * merged_splits + part
                 lse = tl.load(prefix_lse_ptr + part_row, mask=row_mask, other=float("-inf"))
                 source = prefix_out_ptr + part_row[:, None] * HEAD_DIM + dim[None, :]
                 out = tl.load(source, mask=q_mask, other=0.0).to(tl.float32)
@@ -201,26 +222,27 @@ def decode_attention_kernel(
                 total = total * decay + weight
                 acc = acc * decay[:, None] + out * weight[:, None]
                 highest = new_highest
-    out_row = (head_row + 1) * TOTAL_SPLITS - NUM_SPLITS + split
+    out_row = (head_row + 1) * total_splits - num_splits + split
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-    if TOTAL_SPLITS > 1:
+    if IS_SPLIT:
         # log2(0) is minus infinity: an empty split has no weight.
         tl.store(lse_ptr + out_row, highest + tl.log2(total), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_prefix_splits"])
 def merge_splits_kernel(
-    partial_ptr: tl.tensor,  # [num_heads of all rows, NUM_SPLITS, head_dim], each normalized
-    lse_ptr: tl.tensor,  # [num_heads of all rows, NUM_SPLITS] float32, base 2
+    partial_ptr: tl.tensor,  # [num_heads of all rows, num_splits, head_dim], each normalized
+    lse_ptr: tl.tensor,  # [num_heads of all rows, num_splits] float32, base 2
     out_ptr: tl.tensor,  # [num_heads of all rows, head_dim]
-    prefix_lens_ptr: tl.tensor,  # [num_rows] int32, if NUM_PREFIX_SPLITS
+    prefix_lens_ptr: tl.tensor,  # [num_rows] int32, if HAS_PREFIX
+    num_splits: tl.tensor,  # at most PADDED_SPLITS
+    num_prefix_splits: tl.tensor,  # the first so many, written for rows that share a prefix
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    NUM_PREFIX_SPLITS: tl.constexpr,  # the first so many, written for rows that share a prefix
+    HAS_PREFIX: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ) -> None:
@@ -230,12 +252,12 @@ def merge_splits_kernel(
     head = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)
     split = tl.arange(0, PADDED_SPLITS)
-    is_written = split < NUM_SPLITS
-    if NUM_PREFIX_SPLITS > 0:
+    is_written = split < num_splits
+    if HAS_PREFIX:
         shared = tl.load(prefix_lens_ptr + head // NUM_HEADS)
-        is_written = is_written & (split >= tl.where(shared > 0, 0, NUM_PREFIX_SPLITS))
-    lse = tl.load(lse_ptr + head * NUM_SPLITS + split, mask=is_written, other=float("-inf"))
-    source = partial_ptr + (head * NUM_SPLITS + split)[:, None] * HEAD_DIM + dim[None, :]
+        is_written = is_written & (split >= tl.where(shared > 0, 0, num_prefix_splits))
+    lse = tl.load(lse_ptr + head * num_splits + split, mask=is_written, other=float("-inf"))
+    source = partial_ptr + (head * num_splits + split)[:, None] * HEAD_DIM + dim[None, :]
     mask = is_written[:, None] & (dim < HEAD_DIM)[None, :]
     partial = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     highest = tl.max(lse, axis=0)

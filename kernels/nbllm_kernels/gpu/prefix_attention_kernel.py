@@ -22,13 +22,13 @@ from nbllm_kernels.gpu.activation import tanh
 from nbllm_kernels.gpu.kv_dtype import to_operand
 
 
-@triton.jit(do_not_specialize=["stride_table"])
+@triton.jit(do_not_specialize=["stride_table", "total_splits"])
 def prefix_attention_kernel(
     q_ptr: tl.tensor,  # [num_seqs, num_heads, head_dim]
     k_ptr: tl.tensor,  # [num_blocks, num_kv_heads, page_size, head_dim]
     v_ptr: tl.tensor,
-    out_ptr: tl.tensor,  # [num_seqs, num_heads, TOTAL_SPLITS, head_dim], each split normalized
-    lse_ptr: tl.tensor,  # [num_seqs, num_heads, TOTAL_SPLITS] float32, base 2
+    out_ptr: tl.tensor,  # [num_seqs, num_heads, total_splits, head_dim], each split normalized
+    lse_ptr: tl.tensor,  # [num_seqs, num_heads, total_splits] float32, base 2
     prefix_lens_ptr: tl.tensor,  # [num_seqs] int32
     tile_rows_ptr: tl.tensor,  # [num_tiles, ROWS] int32, -1 is none
     block_tables_ptr: tl.tensor,  # [num_seqs, max_blocks] int32
@@ -36,6 +36,7 @@ def prefix_attention_kernel(
     stride_table: tl.tensor,
     scale: tl.tensor,  # as in decode_attention_kernel
     scale_out: tl.tensor,
+    total_splits: tl.tensor,  # the first of them, as many as the grid has, are this kernel's
     STRIDE_Q_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -45,8 +46,6 @@ def prefix_attention_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    TOTAL_SPLITS: tl.constexpr,  # the first NUM_SPLITS of them are this kernel's
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
@@ -76,7 +75,7 @@ def prefix_attention_kernel(
     # Whole pages are shared, and a tile of keys lies within a page: nothing is masked but heads
     # that are padded.
     num_tiles = num_keys // BLOCK_N
-    tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
+    tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(2))
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, num_tiles)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -110,7 +109,7 @@ def prefix_attention_kernel(
         acc = tl.dot(probability.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest
 
-    out_row = (seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head) * TOTAL_SPLITS + split
+    out_row = (seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head) * total_splits + split
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     target = out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=q_mask)
