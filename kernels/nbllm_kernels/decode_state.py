@@ -87,6 +87,8 @@ NUM_COLUMNS = 9  # of `start_rows`, before the stop ids
 def start_rows(state: DecodeState, columns: Tensor) -> None:
     """Give rows to new sequences; block tables are not touched.
 
+    A sequence is active unless it has all of its tokens.
+
     Args:
         state: the tables, changed.
         columns: [N, NUM_COLUMNS + num_stop_ids] int64: row, last_token, num_tokens, max_tokens,

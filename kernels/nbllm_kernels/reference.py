@@ -235,7 +235,7 @@ def start_rows(state: DecodeState, columns: Tensor) -> None:
     for column, table in enumerate((state.temperature, state.top_p, state.min_p)):
         table[rows] = floats[:, column]
     state.stop_ids[rows] = columns[:, 9:]
-    state.is_active[rows] = 1
+    state.is_active[rows] = (columns[:, 2] < columns[:, 3]).to(state.is_active.dtype)
     state.generated[rows] = -1
 
 

@@ -28,11 +28,12 @@ def generate(
     """Run a workload through `LLM.generate`; raises the error of a row that failed."""
     from nbllm.sampling_params import SamplingParams
 
-    params = [
-        SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True, **extra)
-        for length in workload.output_lens
-    ]
-    outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+    params = {
+        length: SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True, **extra)
+        for length in set(workload.output_lens)
+    }
+    rows_params = [params[length] for length in workload.output_lens]
+    outputs = llm.generate(workload.prompts, rows_params, use_tqdm=False)
     for output in outputs:
         if output.error is not None:
             raise output.error

@@ -145,6 +145,12 @@ class Batch:
         self._add_new(requests)
         self._send_new_blocks(requests)
 
+    def rehearse(self) -> None:
+        """Start nobody: the null row is written as it is."""
+        columns = torch.zeros(1, NUM_COLUMNS + MAX_STOP_IDS, dtype=torch.int64, device=self.device)
+        columns[:, 0] = self.null_row
+        start_rows(self.state, columns)
+
     def prepare(
         self,
         output: SchedulerOutput,

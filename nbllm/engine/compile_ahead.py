@@ -4,6 +4,9 @@ The first launch of a kernel compiles it, and the first text would wait for a do
 after the other. So steps of nobody are run meanwhile, on weights that hold anything: they write to
 no slot and sample for nobody, but they launch what the first prompt and the tokens after it will.
 Each has a thread of its own: the compiler leaves the interpreter's lock to others.
+
+What only batches need is compiled later, by a thread beside the first texts: whoever is faster does
+it, and nobody waits.
 """
 
 from __future__ import annotations
@@ -38,6 +41,20 @@ def compile_ahead(runner: ModelRunner) -> Iterator[None]:
     finally:
         for thread in threads:
             thread.join()
+
+
+def compile_later(runner: ModelRunner) -> None:
+    """Run the other steps of nobody, one after the other, in a thread that ends by itself.
+
+    Args:
+        runner: in use by others, maybe released meanwhile.
+    """
+
+    def run_all() -> None:
+        for run in runner.later_rehearsals():
+            _try(run)
+
+    threading.Thread(target=run_all, name="nbllm-compile", daemon=True).start()
 
 
 def _try(run: Callable[[], None]) -> None:

@@ -101,12 +101,19 @@ class DecodeLoop:
         report = captured_report(bucket.logprobs, scheduled) if kind.any_logprob else None
         return bucket.rows[: len(scheduled)], report
 
-    def rehearse(self, num_rows: int) -> None:
-        """Run a step of nobody: it reads weights and tables and changes nothing."""
-        bucket = self._find_bucket(num_rows)
+    def rehearse(self, num_rows: int, *, shares_prefix: bool = False) -> None:
+        """Run a step of nobody: it reads weights and tables and changes nothing.
+
+        Args:
+            num_rows: of them.
+            shares_prefix: the way of rows that begin alike, if they have one of their own.
+        """
+        bucket = self._make_bucket(num_rows)
         bucket.rows.fill_(self._batch.null_row)
-        bucket.filled_for = None
-        self._step(bucket, bucket.metadata, SamplingKind())
+        metadata = bucket.metadata
+        if shares_prefix and bucket.cascade is not None:
+            metadata = bucket.cascade.metadata
+        self._step(bucket, metadata, SamplingKind())
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
         state, inputs = self._batch.state, bucket.inputs

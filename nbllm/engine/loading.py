@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nbllm.config import EngineConfig, ModelConfig
-from nbllm.engine.compile_ahead import compile_ahead
+from nbllm.engine.compile_ahead import compile_ahead, compile_later
 from nbllm.engine.engine import Engine
 from nbllm.engine.kv_cache import resolve_config
 from nbllm.engine.model_runner import ModelRunner
@@ -49,6 +49,23 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         )
     if device.type == "cuda":
         _launch_first_kernel(model_config, device, dtype)
+        # PyTorch keeps the memory of streams apart. All of an engine's is its own stream's: what
+        # others in this process allocate does not lie between, and all can be given back.
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            return _load(folder, config, model_config, device, dtype, load_format, stream)
+    return _load(folder, config, model_config, device, dtype, load_format, None)
+
+
+def _load(
+    folder: Path,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_format: str,
+    stream: torch.cuda.Stream | None,
+) -> LoadedEngine:
     model = allocate_model(
         model_config,
         folder,
@@ -64,15 +81,18 @@ def load_engine(folder: Path, config: EngineConfig, *, load_format: str = "auto"
         resolved = resolve_config(
             config, model_config, device=device, dtype=dtype, kv_cache_dtype=kv_dtype
         )
-        runner = ModelRunner(model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype)
+        runner = ModelRunner(
+            model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype, stream=stream
+        )
         return resolved, runner
 
-    if device.type == "cuda":
+    if stream is not None:
         resolved, runner = make_runner()
         with compile_ahead(runner):
             fill_model(model, model_config, folder, load_format=load_format)
-        torch.cuda.synchronize(device)  # the weights came on another stream
+        stream.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # there is one for each thread that has ended
+        compile_later(runner)
     else:  # where memory is taken by what is written, not by what is allocated
         fill_model(model, model_config, folder, load_format=load_format)
         resolved, runner = make_runner()

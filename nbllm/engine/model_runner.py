@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from nbllm.outputs import PositionLogprobs
 
 _MAX_LAUNCH_S = 0.02
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
+_REHEARSED_ROWS = (16, 8, 4, 2)  # for as many the products have kernels of their own
 _REHEARSED_KINDS = [
     SamplingKind(any_filter=True),
     SamplingKind(all_greedy=True),
@@ -38,7 +40,7 @@ _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be l
 
 
 class ModelRunner:
-    """Runs steps on one device, on a stream of its own if that is a GPU.
+    """Runs steps on one device, on one stream if that is a GPU.
 
     Args:
         model: weights loaded.
@@ -46,6 +48,7 @@ class ModelRunner:
         config: the resolved configuration.
         device: where the model is.
         kv_cache_dtype: of keys and values, normally the model's dtype.
+        stream: on which it works; None on a CPU.
 
     Attributes:
         max_steps: steps that may run in a row, see `SchedulerOutput.num_steps`.
@@ -63,6 +66,7 @@ class ModelRunner:
         *,
         device: torch.device,
         kv_cache_dtype: torch.dtype,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         assert config.max_num_seqs is not None
         assert config.max_model_len is not None
@@ -92,10 +96,10 @@ class ModelRunner:
         self.max_steps = RING if captures else 1
         self.max_launch_s = _MAX_LAUNCH_S if captures else None
         self.max_pending_steps = 2 if on_gpu else 1
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._stream = stream
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
-        if on_gpu:
-            torch.cuda.synchronize(device)  # weights and tables came on another stream
+        self._rehearsing = threading.Lock()
+        self._is_released = False
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
@@ -130,12 +134,28 @@ class ModelRunner:
             *prompts,
             partial(self.decode_loop.rehearse, 1),
             self._rehearse_sampling,
+            self.batch.rehearse,
         ]
-        return [partial(self._rehearse, step) for step in steps]
+        return [partial(self._rehearse, step, self._stream) for step in steps]
+
+    def later_rehearsals(self) -> list[Callable[[], None]]:
+        """The same for what a batch needs. Each may run in any thread, beside steps of somebody and
+        after `release`, which waits for the one that runs; then it does nothing."""
+        stream = None if self._stream is None else torch.cuda.Stream(self.device)
+        rehearse = self.decode_loop.rehearse
+        steps = [partial(rehearse, _REHEARSED_ROWS[0], shares_prefix=True)]
+        steps += [partial(rehearse, num_rows) for num_rows in _REHEARSED_ROWS]
+
+        def run(step: Callable[[], None]) -> None:
+            with self._rehearsing:
+                if not self._is_released:
+                    self._rehearse(step, stream)
+
+        return [partial(run, step) for step in steps]
 
     @torch.inference_mode()
-    def _rehearse(self, step: Callable[[], None]) -> None:
-        with self._on_stream():
+    def _rehearse(self, step: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             step()
 
     def _rehearse_sampling(self) -> None:
@@ -190,8 +210,12 @@ class ModelRunner:
 
     def release(self) -> None:
         """Drop weights, KV cache and tables, whoever still holds a reference to this object."""
+        with self._rehearsing:
+            self._is_released = True
         try:
-            self.synchronize()  # the memory goes to others, who work on other streams
+            # The memory goes to others, who work on other streams.
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         except RuntimeError:
             pass  # the device is dead
         self.kv_caches.clear()  # in place: a frame of a traceback may hold the list

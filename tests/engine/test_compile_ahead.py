@@ -37,6 +37,8 @@ def test_a_step_of_nobody_changes_nothing(
     before = snapshot(engine)
     with compile_ahead(engine.runner):
         pass
+    for rehearse in engine.runner.later_rehearsals():
+        rehearse()
     assert all(map(torch.equal, before, snapshot(engine)))
     texts = []
     for number in range(2):
@@ -49,6 +51,10 @@ def test_a_step_of_nobody_changes_nothing(
             with compile_ahead(engine.runner):
                 pass
     assert texts[0] == texts[1] and len(texts[0]) == 6
+    later = engine.runner.later_rehearsals()
+    engine.release()
+    for rehearse in later:
+        rehearse()  # and finds nothing to do
 
 
 def test_weights_may_hold_anything_meanwhile(make_checkpoint: MakeCheckpoint) -> None:
@@ -56,7 +62,7 @@ def test_weights_may_hold_anything_meanwhile(make_checkpoint: MakeCheckpoint) ->
     before = snapshot(engine)
     for parameter in engine.runner.model.parameters():
         parameter.data.fill_(torch.nan)
-    for rehearse in engine.runner.rehearsals():
+    for rehearse in engine.runner.rehearsals() + engine.runner.later_rehearsals():
         rehearse()
     assert all(map(torch.equal, before, snapshot(engine)))
 
@@ -77,27 +83,39 @@ def test_a_failure_is_left_to_the_step_that_somebody_waits_for(
 
 
 @pytest.mark.gpu
-def test_nothing_is_left_to_compile_for_the_first_texts(
+def test_nothing_is_left_to_compile_for_the_first_texts_and_batches(
     make_checkpoint: MakeCheckpoint,
     make_request: Callable[..., Request],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from triton import knobs
 
+    # Nothing in the background: what it would do is done here.
+    monkeypatch.setattr("nbllm.engine.loading.compile_later", lambda runner: None)
     folder, _ = make_checkpoint("Qwen3", head_dim=64, num_hidden_layers=2)
     options = OPTIONS | {"device": "cuda", "dtype": "bfloat16", "max_model_len": 512}
     engine = load_engine(folder, EngineConfig(**options)).engine
-    compiled: list[str] = []
+    compiled: set[str] = set()
 
     def record(*_: Any, fn: Any, **__: Any) -> None:
-        compiled.append(fn.name)
+        compiled.add(fn.name)
+
+    def run(num_rows: int, length: int, params: SamplingParams) -> None:
+        for _ in range(num_rows):
+            engine.add(make_request(list(range(2, 2 + length)), max_tokens=24, params=params))
+        while engine.has_requests:
+            engine.step()
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
     for temperature, top_p in [(0.0, 1.0), (0.7, 1.0), (0.7, 0.9)]:
         params = SamplingParams(temperature=temperature, top_p=top_p, ignore_eos=True)
-        for length in (7, 100):
-            engine.add(make_request(list(range(2, 2 + length)), max_tokens=24, params=params))
-            while engine.has_requests:
-                engine.step()
-    assert compiled == []
+        run(1, 7, params)
+        run(1, 100, params)
+    assert compiled == set()
+    for rehearse in engine.runner.later_rehearsals():
+        rehearse()
+    compiled.clear()
+    for num_rows in (2, 4, 8, 16):
+        run(num_rows, 100, params)
+    assert compiled == set()
     engine.release()

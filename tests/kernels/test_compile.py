@@ -76,7 +76,7 @@ def compile_attention(
     if is_decode:
         kernel = decode_attention_kernel
         constants |= {"IS_SPLIT": not merges, "MERGES": merges, "HAS_PREFIX": merges}
-        constants |= {"EARLY_TILE": dtype != torch.float32 and not merges, "LAUNCH_PDL": True}
+        constants["LAUNCH_PDL"] = True
     types: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in ("k_ptr", "v_ptr"):

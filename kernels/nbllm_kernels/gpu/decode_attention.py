@@ -17,7 +17,6 @@ from nbllm_kernels.gpu.programmatic_launch import launch_options
 LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
 _MAX_PREFIX_SPLITS = 8
-_FEW_PROGRAMS_PER_MULTIPROCESSOR = 2  # up to which the first tile is requested early
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +125,6 @@ def decode_attention(
         split = SplitAttention(partial, lse, prefix, num_prefix_splits)
     if prefix is not None and split is not None:
         _attend_to_prefix(query, key_cache, value_cache, metadata, prefix, scores, split)
-    num_programs = num_rows * num_kv_heads * num_splits
-    few = _FEW_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         query,
         key_cache,
@@ -157,7 +154,6 @@ def decode_attention(
         IS_SPLIT=total_splits > 1,
         MERGES=merged_splits > 0,
         HAS_PREFIX=prefix is not None,
-        EARLY_TILE=num_programs <= few and query.dtype != torch.float32,
         HAS_WINDOW=scores.window is not None,
         HAS_SOFTCAP=scores.softcap is not None,
         PRECISION="ieee",

@@ -8,10 +8,6 @@ and reads nothing, and so does a row of length 0.
 A row's keys that it shares with others are `prefix_attention_kernel`'s business. Where a row's own
 keys are not split, the two are put together here; otherwise `merge_splits_kernel` does that.
 
-Where rows are few, the first tile of keys and values is requested before `gdc_wait`. The rules of
-`programmatic_launch` allow that for old tokens, which earlier steps have stored; the row's newest
-key and value are put into the tile afterwards.
-
 `decode_attention_kernel` is one long function: its pieces share a dozen values of the program,
 which a helper would take and return one by one.
 
@@ -105,7 +101,6 @@ def decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     MERGES: tl.constexpr,
-    EARLY_TILE: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -114,8 +109,7 @@ def decode_attention_kernel(
 ) -> None:
     if LAUNCH_PDL:
         gdc_launch_dependents()
-        if not EARLY_TILE:
-            gdc_wait()
+        gdc_wait()
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -154,41 +148,7 @@ def decode_attention_kernel(
         page = tl.load(table_ptr + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
     q_ptr += seq * stride_q_token + head[:, None] * STRIDE_Q_HEAD + dim[None, :]
 
-    if EARLY_TILE:
-        newest = seq_len - 1
-        key = begin * BLOCK_N + tl.arange(0, BLOCK_N)
-        # An empty split begins at its end, or behind it.
-        visible = (key >= low) & (key < tl.minimum(seq_len, end * BLOCK_N))
-        slot = _slots(table_ptr, page, key, visible, kv_head, NUM_KV_HEADS, PAGE_SIZE, ONE_PAGE)
-        offset = slot[:, None] * HEAD_DIM + dim[None, :]
-        old = (visible & (key < newest))[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            old = old & kv_dim
-        k = tl.load(k_ptr + offset, mask=old, other=0.0)
-        v = tl.load(v_ptr + offset, mask=old, other=0.0)
-        if ONE_PAGE:
-            following = (begin + 1) * BLOCK_N // PAGE_SIZE
-            page = tl.load(table_ptr + following, mask=begin + 1 < end, other=0)
-        has_newest = (newest // BLOCK_N == begin) & (begin < end)
-        newest_page = tl.load(table_ptr + newest // PAGE_SIZE, mask=has_newest, other=0)
-        newest_slot = (newest_page.to(tl.int64) * NUM_KV_HEADS + kv_head) * PAGE_SIZE
-        newest_offset = (newest_slot + newest % PAGE_SIZE) * HEAD_DIM + dim
-        if LAUNCH_PDL:
-            gdc_wait()
-        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
-        newest_mask = dim < tl.where(has_newest, HEAD_DIM, 0)
-        newest_k = tl.load(k_ptr + newest_offset, mask=newest_mask, other=0.0)
-        newest_v = tl.load(v_ptr + newest_offset, mask=newest_mask, other=0.0)
-        if begin < end:
-            is_newest = (key == newest)[:, None]
-            k = tl.where(is_newest, newest_k[None, :], k)
-            v = tl.where(is_newest, newest_v[None, :], v)
-            highest, total, acc = _attend_tile(
-                q, k, v, visible, highest, total, acc, scale, scale_out, HAS_SOFTCAP, PRECISION
-            )
-        begin += 1
-    else:
-        q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+    q = to_operand(tl.load(q_ptr, mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
 
     for tile in range(begin, end):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)

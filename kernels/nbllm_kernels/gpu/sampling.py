@@ -157,7 +157,10 @@ def _find_thresholds(
     """`sure`, `tied` and `limit` of `threshold_kernel`, for each row."""
     num_rows, vocab_size = logits.shape
     device = logits.device
-    sure, tied, limit, is_left = torch.empty((4, num_rows), dtype=torch.int32, device=device)
+    # Each on its own: rows of one tensor may be aligned or not, and the kernels compiled twice.
+    sure, tied, limit, is_left = (
+        torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(4)
+    )
     values = torch.empty((num_rows, _CAPACITY), dtype=torch.float32, device=device)
     ids = torch.empty((num_rows, _CAPACITY), dtype=torch.int32, device=device)
     top_p, min_p = params.top_p.contiguous(), params.min_p.contiguous()
