@@ -140,7 +140,13 @@ class ModelRunner:
 
     def later_rehearsals(self) -> list[Callable[[], None]]:
         """The same for what a batch needs. Each may run in any thread, beside steps of somebody and
-        after `release`, which waits for the one that runs; then it does nothing."""
+        after `release`, which waits for the one that runs; then it does nothing.
+
+        None in float32, of which cuBLAS does the products: in one more thread that would take one
+        more handle and workspace, tens of megabytes.
+        """
+        if next(self.model.parameters()).dtype == torch.float32:
+            return []
         stream = None if self._stream is None else torch.cuda.Stream(self.device)
         rehearse = self.decode_loop.rehearse
         steps = [partial(rehearse, _REHEARSED_ROWS[0], shares_prefix=True)]

@@ -29,12 +29,18 @@ def snapshot(engine: Engine) -> list[torch.Tensor]:
     return copy.deepcopy([*tables, *engine.runner.kv_caches])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen3", "Gemma2", "Gemma3Text", "OPT"])
 def test_a_step_of_nobody_changes_nothing(
-    make_checkpoint: MakeCheckpoint, make_request: Callable[..., Request], architecture: str
+    make_checkpoint: MakeCheckpoint,
+    make_request: Callable[..., Request],
+    architecture: str,
+    dtype: str,
 ) -> None:
-    engine = load_engine(make_checkpoint(architecture)[0], EngineConfig(**OPTIONS)).engine
+    options = OPTIONS | {"dtype": dtype}
+    engine = load_engine(make_checkpoint(architecture)[0], EngineConfig(**options)).engine
     before = snapshot(engine)
+    assert bool(engine.runner.later_rehearsals()) == (dtype != "float32")
     with compile_ahead(engine.runner):
         pass
     for rehearse in engine.runner.later_rehearsals():
