@@ -10,9 +10,9 @@ from typing import Any, TypedDict, Union
 import numpy as np
 
 from nbllm.config import EngineConfig, ModelConfig
-from nbllm.engine.request import Request, StopChecker
+from nbllm.engine.request import Request, StopChecker, TokenConstraint
 from nbllm.errors import InvalidRequestError, PromptTooLongError
-from nbllm.sampling_params import SamplingParams
+from nbllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 _GOLDEN_64 = 0x9E3779B97F4A7C15  # the step of SplitMix64 (Steele et al., OOPSLA 2014)
 
@@ -163,6 +163,8 @@ class RequestFactory:
         model_config: vocabulary and end-of-sequence ids.
         tokenize: text -> ids without special tokens, for `bad_words`; None without a tokenizer.
         make_stop_checker: (prompt ids, params) -> a fresh `Request.stop_checker`.
+        make_constraint: structured outputs -> a fresh `Request.constraint`; None without a
+            tokenizer.
         draw_seed: a 64-bit seed for a request that brings none.
     """
 
@@ -173,6 +175,7 @@ class RequestFactory:
         *,
         tokenize: Callable[[str], list[int]] | None,
         make_stop_checker: Callable[[list[int], SamplingParams], StopChecker] | None,
+        make_constraint: Callable[[StructuredOutputsParams], TokenConstraint] | None,
         draw_seed: Callable[[], int],
     ) -> None:
         assert config.max_model_len is not None
@@ -184,6 +187,7 @@ class RequestFactory:
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._tokenize = tokenize
         self._make_stop_checker = make_stop_checker
+        self._make_constraint = make_constraint
         self._draw_seed = draw_seed
         self._num_made = 0
 
@@ -238,6 +242,7 @@ class RequestFactory:
                 restart_len=restart_len,
                 restart_cache_salt=restart_cache_salt,
                 bad_words_token_ids=bad_words,
+                constraint=self._constraint(params),
                 stop_checker=self._stop_checker(row.token_ids, params),
                 streaming=streaming,
             )
@@ -249,6 +254,12 @@ class RequestFactory:
             return None
         assert self._make_stop_checker is not None
         return self._make_stop_checker(token_ids, params)
+
+    def _constraint(self, params: SamplingParams) -> TokenConstraint | None:
+        if params.structured_outputs is None:
+            return None
+        assert self._make_constraint is not None
+        return self._make_constraint(params.structured_outputs)
 
     def _check_prompt(self, token_ids: list[int]) -> array[int]:
         if not token_ids:
@@ -269,9 +280,10 @@ class RequestFactory:
                 parameter="sampling_params",
             )
         params.verify()
-        for name in ("structured_outputs", "thinking_token_budget"):
-            if getattr(params, name) is not None:
-                raise InvalidRequestError(f"{name} is not supported yet", parameter=name)
+        if params.thinking_token_budget is not None:
+            raise InvalidRequestError(
+                "thinking_token_budget is not supported yet", parameter="thinking_token_budget"
+            )
         limit = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
@@ -284,11 +296,11 @@ class RequestFactory:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             if getattr(params, name):
                 self._check_ids(getattr(params, name), name)
-        if (params.stop or params.bad_words) and self._tokenize is None:
-            name = "stop" if params.stop else "bad_words"
-            raise InvalidRequestError(
-                f"{name} needs a tokenizer, and skip_tokenizer_init=True", parameter=name
-            )
+        for name in ("stop", "bad_words", "structured_outputs"):
+            if getattr(params, name) and self._tokenize is None:
+                raise InvalidRequestError(
+                    f"{name} needs a tokenizer, and skip_tokenizer_init=True", parameter=name
+                )
 
     def _check_ids(self, ids: Collection[int], parameter: str) -> array[int]:
         """Token ids as C numbers.

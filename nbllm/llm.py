@@ -19,13 +19,7 @@ from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.engine_thread import EngineThread
 from nbllm.engine.loading import LoadedEngine, load_engine
 from nbllm.errors import Interrupted, InvalidRequestError
-from nbllm.generation_call import (
-    GenerationCall,
-    Row,
-    check_outputs,
-    make_rows,
-    raise_errors,
-)
+from nbllm.generation_call import GenerationCall, Row, check_outputs, make_rows, raise_errors
 from nbllm.hub import resolve_model
 from nbllm.inputs import (
     EncodedPrompt,
@@ -40,6 +34,7 @@ from nbllm.output_processor import make_stop_checker
 from nbllm.outputs import BeamSearchOutput, RequestOutput
 from nbllm.progress import progress_bar
 from nbllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nbllm.structured.constraint import GrammarCompiler
 from nbllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -141,6 +136,13 @@ class LLM:
             if tokenizer is None
             else partial(tokenizer.encode, add_special_tokens=False),
             make_stop_checker=None if tokenizer is None else partial(make_stop_checker, tokenizer),
+            make_constraint=None
+            if tokenizer is None
+            else GrammarCompiler(
+                tokenizer.backend.to_str,
+                self.model_config.vocab_size,
+                self.model_config.eos_token_ids,
+            ).compile,
             draw_seed=_seed_source(self.config.seed),
         )
         _live[next(_numbers)] = self

@@ -183,6 +183,7 @@ class _Continuation:
         return (
             request.finish_reason is FinishReason.STOP
             and not isinstance(request.stop_reason, str)
+            and request.token_ids[-1] in request.stop_ids  # not so at the end of a grammar
             and not self._params.include_stop_str_in_output
         )
 

@@ -41,6 +41,7 @@ def make_factory(*, with_tokenizer: bool = True, **options: Any) -> RequestFacto
         parse_model_config(CONFIG, {}),
         tokenize=(lambda text: encode_batch([text])[0]) if with_tokenizer else None,
         make_stop_checker=lambda ids, params: lambda new: None,
+        make_constraint=None,
         draw_seed=lambda: next(seeds),
     )
 

@@ -24,7 +24,7 @@ from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
 from nbllm.engine.pending_step import PendingStep, StepOutput
 from nbllm.engine.prompt_graphs import PromptGraphs
-from nbllm.engine.sampler import SamplingKind, draw, find_dead_ends, restrict
+from nbllm.engine.sampler import SamplingKind, draw, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
@@ -261,11 +261,10 @@ class ModelRunner:
         reporting = [row for row, item in enumerate(sampled) if item.request.reports_logprobs]
         index = torch.tensor(reporting, device=self.device)
         raw = logits[index] if reporting else None  # a copy, before the host has its word
-        restrict(logits, sampled)
+        result.failed.update(restrict(logits, sampled))
         kind, state = SamplingKind.of(sampled), self.batch.state
         positions = state.num_tokens[rows].to(torch.int64)
         token_ids = draw(logits, rows, kind.tensors(state, positions, rows), kind, self.batch)
-        result.failed.update(find_dead_ends(sampled))
         if raw is None:
             return None
         wanted = [wanted_logprobs(sampled[row].request) for row in reporting]

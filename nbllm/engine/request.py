@@ -19,11 +19,16 @@ from __future__ import annotations
 import enum
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
+from nbllm.errors import RequestFailedError
 from nbllm.outputs import PositionLogprobs, RequestMetrics
 from nbllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_DEVICE_LOGPROBS = 20
 """Most likely tokens that a captured step reports; a request that wants more is served without."""
@@ -33,6 +38,33 @@ MAX_STOP_IDS = 8
 
 StopChecker = Callable[[list[int]], str | None]
 """Fed with newly sampled ids; returns the stop string that they complete, or None."""
+
+
+class TokenConstraint(Protocol):
+    """A grammar that a text must follow, and how far it has come.
+
+    Attributes:
+        num_mask_words: 32-bit words of a mask over the vocabulary.
+    """
+
+    num_mask_words: int
+
+    @property
+    def is_complete(self) -> bool:
+        """True if nothing but the end can follow."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token; raises RequestFailedError for one that is not allowed."""
+        ...
+
+    @staticmethod
+    def fill_masks(
+        constraints: Sequence[Any], masks: np.ndarray
+    ) -> list[RequestFailedError | None]:
+        """Write which ids may follow in each text, to masks [N, num_mask_words] int32: bit i % 32
+        of word i // 32 is id i. Returns for each text None, or why it can't go on."""
+        ...
 
 
 class RequestStatus(enum.Enum):
@@ -75,6 +107,7 @@ class Request:
             `nbllm.models.rope`.
         restart_cache_salt: the salt from then on.
         bad_words_token_ids: token sequences that may not be completed.
+        constraint: what its output must follow, or None.
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
         stop_ids: token ids that end the text, `min_tokens` permitting.
@@ -106,6 +139,7 @@ class Request:
     restart_len: int | None = None
     restart_cache_salt: int = 0
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    constraint: TokenConstraint | None = None
     stop_checker: StopChecker | None = None
     streaming: bool = False
     stop_ids: list[int] = field(init=False)
@@ -154,6 +188,7 @@ class Request:
             or params.allowed_token_ids is not None
             or bool(params.logit_bias)
             or bool(self.bad_words_token_ids)
+            or self.constraint is not None
         )
 
     @property
@@ -259,9 +294,11 @@ class Request:
     def _watch_host(self) -> None:
         """See what the host is needed for."""
         restarts = self.restart_len is not None
-        self.needs_known_tokens = restarts or bool(self.bad_words_token_ids)
+        constrained = self.constraint is not None
+        self.needs_known_tokens = restarts or constrained or bool(self.bad_words_token_ids)
         self.ends_on_host = (
             restarts
+            or constrained
             or self.stop_checker is not None
             or self.sampling_params.repetition_detection is not None
             or len(self.stop_ids) > MAX_STOP_IDS
@@ -271,6 +308,8 @@ class Request:
         """Finish if the last token ends the text."""
         token_id, num_tokens = self.token_ids[-1], len(self.token_ids)
         stop_string = self.stop_checker([token_id]) if self.stop_checker is not None else None
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         if num_tokens >= self._min_num_tokens:
             if token_id in self.stop_ids:
                 is_eos = token_id in self.eos_token_ids
@@ -279,7 +318,9 @@ class Request:
             if stop_string is not None:
                 self.finish(FinishReason.STOP, stop_reason=stop_string)
                 return
-        if num_tokens >= self.max_num_tokens:
+        if self.constraint is not None and self.constraint.is_complete:
+            self.finish(FinishReason.STOP)  # whatever min_tokens says: no token is left
+        elif num_tokens >= self.max_num_tokens:
             self.finish(FinishReason.LENGTH)
         elif self.sampling_params.repetition_detection is not None and self._repeats():
             self.finish(FinishReason.REPETITION)

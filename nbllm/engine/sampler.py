@@ -2,7 +2,7 @@
 
 The order of operations, each only for the rows that ask for it (vLLM's order):
 
-1. `allowed_token_ids`: all others are forbidden.
+1. `structured_outputs` and `allowed_token_ids`: all others are forbidden.
 2. `bad_words`: an id that would complete one is forbidden.
 3. `min_tokens`: end-of-sequence and stop ids are forbidden until then.
 4. `logit_bias` is added.
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,36 +129,96 @@ def draw(
     return token_ids
 
 
-def restrict(logits: Tensor, sampled: Sequence[ScheduledRequest]) -> None:
+def restrict(
+    logits: Tensor, sampled: Sequence[ScheduledRequest]
+) -> dict[Request, RequestFailedError]:
     """Steps 1 to 4 of `Sampler`, in place.
 
     Args:
         logits: [len(sampled), vocab_size] float32.
         sampled: one per row.
+
+    Returns:
+        requests that allow no token at all, each with the error that it ends with. The parameters
+        can't be checked for that beforehand: it depends on the tokens so far.
     """
+    constrained: dict[int, Request] = {}
     allowed: dict[int, list[int]] = {}
     forbidden: dict[int, list[int]] = {}
     biases: dict[int, dict[int, float]] = {}
+    failed: dict[Request, RequestFailedError] = {}
     for row, item in enumerate(sampled):
         params = item.request.sampling_params
-        if params.allowed_token_ids is not None:
-            allowed[row] = params.allowed_token_ids
+        if item.request.constraint is not None:
+            constrained[row] = item.request
         ids = forbidden_ids(item)
         if ids:
             forbidden[row] = ids
+        if params.allowed_token_ids is not None:
+            allowed[row] = params.allowed_token_ids
+            if set(params.allowed_token_ids) <= set(ids):
+                failed[item.request] = _dead_end("allowed_token_ids")
         if params.logit_bias:
             biases[row] = params.logit_bias
+    if constrained:
+        failed |= _apply_constraints(constrained, forbidden, logits)
     if allowed:
         mask = torch.zeros(len(allowed), logits.shape[1], dtype=torch.bool, device=logits.device)
         mask[_pairs(dict(enumerate(allowed.values())), logits)] = True
-        rows = torch.tensor(list(allowed), device=logits.device)
-        logits[rows] = logits[rows].masked_fill_(~mask, -torch.inf)
+        _keep(mask, list(allowed), logits)
     if forbidden:
         logits[_pairs(forbidden, logits)] = -torch.inf
     if biases:
         values = [value for bias in biases.values() for value in bias.values()]
         bias = torch.tensor(values, dtype=logits.dtype, device=logits.device)
         logits.index_put_(_pairs(biases, logits), bias, accumulate=True)
+    return failed
+
+
+def _apply_constraints(
+    constrained: Mapping[int, Request], forbidden: Mapping[int, list[int]], logits: Tensor
+) -> dict[Request, RequestFailedError]:
+    """Forbid what the grammars of some rows do not allow; returns the requests that end there.
+
+    The masks are computed while the device is busy with the forward pass, which is enqueued.
+    """
+    constraints = [request.constraint for request in constrained.values()]
+    first = constraints[0]
+    assert first is not None
+    words = np.zeros((len(constraints), first.num_mask_words), dtype=np.int32)
+    failed: dict[Request, RequestFailedError] = {}
+    errors = first.fill_masks(constraints, words)
+    octets = words.view(np.uint8)
+    for place, (row, request) in enumerate(constrained.items()):
+        error = errors[place]
+        ids = forbidden.get(row, [])
+        others = request.sampling_params.allowed_token_ids
+        if error is None and (ids or others is not None):
+            bits = np.unpackbits(octets[place], bitorder="little").astype(bool)
+            bits[ids] = False
+            if not (bits.any() if others is None else bits[others].any()):
+                error = _dead_end("structured_outputs")
+        if error is not None:
+            failed[request] = error
+    # A byte of the mask looks up its eight bits.
+    lookup = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    bytes_ = torch.from_numpy(octets).to(logits.device)
+    mask = lookup.to(device=logits.device, dtype=torch.bool)[bytes_.long()].flatten(1)
+    _keep(mask[:, : logits.shape[1]], list(constrained), logits)
+    return failed
+
+
+def _keep(mask: Tensor, rows: list[int], logits: Tensor) -> None:
+    """Forbid in some rows what is False in `mask`, [len(rows), vocab_size]."""
+    index = torch.tensor(rows, device=logits.device)
+    logits[index] = logits[index].masked_fill_(~mask, -torch.inf)
+
+
+def _dead_end(name: str) -> RequestFailedError:
+    return RequestFailedError(
+        f"no token is left to choose: what else is asked for forbids all that {name} allows at "
+        "this place"
+    )
 
 
 def _pairs(ids_of_rows: Mapping[int, Iterable[int]], logits: Tensor) -> tuple[Tensor, ...]:
@@ -175,24 +236,6 @@ def forbidden_ids(item: ScheduledRequest) -> list[int]:
     if item.first_position - request.num_prompt_tokens < params.min_tokens:
         forbidden += [*request.eos_token_ids, *(params.stop_token_ids or ())]
     return forbidden
-
-
-def find_dead_ends(
-    sampled: Sequence[ScheduledRequest],
-) -> dict[Request, RequestFailedError]:
-    """Requests that allow no token at all, each with the error that it ends with.
-
-    The parameters can't be checked for that beforehand: it depends on the tokens so far.
-    """
-    errors: dict[Request, RequestFailedError] = {}
-    for item in sampled:
-        allowed = item.request.sampling_params.allowed_token_ids
-        if allowed is not None and set(allowed) <= set(forbidden_ids(item)):
-            errors[item.request] = RequestFailedError(
-                "no token is left to choose: bad_words and min_tokens forbid all of "
-                "allowed_token_ids at this place"
-            )
-    return errors
 
 
 def _completions(bad_words: Sequence[Sequence[int]], request: Request) -> list[int]:

@@ -14,7 +14,7 @@ from scipy import stats
 from nbllm import RequestFailedError, SamplingParams
 from nbllm.engine.batch import Batch, StepInput
 from nbllm.engine.request import Request
-from nbllm.engine.sampler import SamplingKind, draw, find_dead_ends, forbidden_ids, restrict
+from nbllm.engine.sampler import SamplingKind, draw, forbidden_ids, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm_kernels import SamplingTensors, sample
@@ -288,6 +288,6 @@ def test_a_request_that_allows_no_token_is_found() -> None:
     dead = SamplingParams(allowed_token_ids=[7, EOS], min_tokens=9)
     alive = SamplingParams(allowed_token_ids=[7, EOS, 8], min_tokens=9)
     _, step = make_batch([(dead, 0), (alive, 0)], bad_words_token_ids=[[7]])
-    errors = find_dead_ends(step.sampled)
+    errors = restrict(torch.zeros(2, VOCAB_SIZE), step.sampled)
     assert list(errors) == [step.sampled[0].request]
     assert isinstance(errors[step.sampled[0].request], RequestFailedError)

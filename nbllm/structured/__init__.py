@@ -1,0 +1,1 @@
+"""Grammar-constrained decoding: which tokens may follow, from llguidance."""
