@@ -22,6 +22,10 @@ _WIDTH = 64  # characters of a column that `nbllm demo` shows
 # name -> module, one line of help
 _COMMANDS = {
     "demo": ("nbllm.cli", "answer a DataFrame's column with the bundled model"),
+    "serve": ("nbllm.server.commands.serve", "serve a model to OpenAI's clients"),
+    "chat": ("nbllm.server.commands.chat", "talk to a server"),
+    "complete": ("nbllm.server.commands.complete", "have a server go on with a text"),
+    "run-batch": ("nbllm.server.commands.run_batch", "answer a file of requests"),
     "bench": ("nbllm.bench.run", "measure speed, with a check of the tokens"),
 }
 

@@ -249,6 +249,11 @@ class RequestFactory:
             requests.append(request)
         return requests
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the constraint of `params`, which takes up to a second, ahead of `make`."""
+        if self._make_constraint is not None:
+            self._constraint(params)
+
     def _stop_checker(self, token_ids: list[int], params: SamplingParams) -> StopChecker | None:
         if not params.stop:
             return None

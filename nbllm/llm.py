@@ -129,21 +129,16 @@ class LLM:
         # Not a bound method: the finalizer must not keep `self` alive.
         self._finalizer = weakref.finalize(self, EngineThread.close, self._thread)
         tokenizer = self._tokenizer
+        names = "tokenize", "make_stop_checker", "make_constraint"
+        for_text: dict[str, Any] = dict.fromkeys(names)
+        if tokenizer is not None:
+            vocab_size, eos_ids = self.model_config.vocab_size, self.model_config.eos_token_ids
+            compiler = GrammarCompiler(tokenizer.backend.to_str, vocab_size, eos_ids)
+            for_text["tokenize"] = partial(tokenizer.encode, add_special_tokens=False)
+            for_text["make_stop_checker"] = partial(make_stop_checker, tokenizer)
+            for_text["make_constraint"] = compiler.compile
         self._factory = RequestFactory(
-            self.config,
-            self.model_config,
-            tokenize=None
-            if tokenizer is None
-            else partial(tokenizer.encode, add_special_tokens=False),
-            make_stop_checker=None if tokenizer is None else partial(make_stop_checker, tokenizer),
-            make_constraint=None
-            if tokenizer is None
-            else GrammarCompiler(
-                tokenizer.backend.to_str,
-                self.model_config.vocab_size,
-                self.model_config.eos_token_ids,
-            ).compile,
-            draw_seed=_seed_source(self.config.seed),
+            self.config, self.model_config, draw_seed=_seed_source(self.config.seed), **for_text
         )
         _live[next(_numbers)] = self
 
@@ -370,6 +365,10 @@ class LLM:
     def get_metrics(self) -> dict[str, float | int]:
         """Counters and gauges of the engine, under vLLM's names."""
         return self._thread.call(lambda engine: engine.metrics())
+
+    def prepare(self, sampling_params: SamplingParams) -> None:
+        """Compile the grammar of `sampling_params`, for who must not wait for it in a call."""
+        self._factory.prepare(sampling_params)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""

@@ -32,7 +32,12 @@ ONLY_IN = {  # package -> where it may be imported
     "fastapi": ("nbllm.server",),
     "starlette": ("nbllm.server",),
     "uvicorn": ("nbllm.server",),
-    "pandas": ("nbllm.dataframe", "nbllm.cli"),  # the demo shows a frame
+    "prometheus_client": ("nbllm.server",),
+    "pandas": (
+        "nbllm.dataframe",
+        "nbllm.cli",  # the demo shows a frame
+        "nbllm.server.request_log",  # Server.requests()
+    ),
     "anywidget": ("nbllm.widgets",),
     "ipywidgets": ("nbllm.widgets",),
     "traitlets": ("nbllm.widgets",),

@@ -17,6 +17,9 @@ MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 32
 MAX_REGEX_BYTES = 4 << 10
 MAX_GRAMMAR_BYTES = 64 << 10
+# JSON on one line, or indented. More is right JSON, too, but a small model that may write blanks
+# writes nothing else.
+_WHITESPACE = r"( |\n[ \t]{0,32})"
 MAX_NESTED = 128  # opening brackets of a regex or grammar that are not closed yet
 
 
@@ -57,9 +60,9 @@ def _from_schema(schema: Any, params: StructuredOutputsParams) -> str:
 
     if params.disable_additional_properties:
         schema = _closed(schema)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE}
     if params.disable_any_whitespace:
-        options["whitespace_flexible"] = False
+        options = {"whitespace_flexible": False}
     if params.whitespace_pattern is not None:
         _check_text("whitespace_pattern", params.whitespace_pattern, MAX_REGEX_BYTES)
         options["whitespace_pattern"] = params.whitespace_pattern

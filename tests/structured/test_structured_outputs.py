@@ -61,6 +61,19 @@ def text_of(llm: LLM, structured: StructuredOutputsParams, **options: Any) -> st
     return generate(llm, structured, **options).outputs[0].text
 
 
+def accepts(llm: LLM, schema: dict[str, Any], text: str) -> bool:
+    """Whether a text is one that may be generated."""
+    tokenizer = llm.get_tokenizer()
+    assert llm._factory._make_constraint is not None and tokenizer.eos_token_id is not None
+    constraint = llm._factory._make_constraint(StructuredOutputsParams(json=schema))
+    try:
+        for token_id in [*tokenizer.encode(text, False), tokenizer.eos_token_id]:
+            constraint.accept(token_id)
+    except RequestFailedError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:30])
 def test_every_finished_text_is_valid_json_of_its_schema(llm: LLM, schema: dict[str, Any]) -> None:
     structured = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
@@ -106,6 +119,18 @@ def test_a_json_object_is_any_object(llm: LLM) -> None:
     for output in outputs:
         if output.finish_reason == "stop":
             assert isinstance(json.loads(output.text), dict)
+
+
+@pytest.mark.parametrize("indent", [None, 2, 4])
+def test_json_may_be_on_one_line_or_indented(llm: LLM, indent: int | None) -> None:
+    assert accepts(llm, PERSON, json.dumps({"name": "A", "age": 3, "tags": ["a"]}, indent=indent))
+
+
+def test_blanks_do_not_go_on_without_end(llm: LLM) -> None:
+    assert not accepts(llm, PERSON, '{"name":  "A", "age": 3}')
+    structured = StructuredOutputsParams(json=PERSON)
+    outputs = [generate(llm, structured, seed=seed).outputs[0] for seed in range(4)]
+    assert [output.finish_reason for output in outputs] == ["stop"] * 4
 
 
 def test_a_structural_tag_constrains_what_is_between_its_tags(llm: LLM) -> None:
@@ -257,25 +282,9 @@ CORPUS: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
 def test_what_a_constraint_accepts_is_what_json_schema_accepts(
     llm: LLM, schema: dict[str, Any], valid: list[Any], invalid: list[Any]
 ) -> None:
-    tokenizer = llm._tokenizer
-    assert tokenizer is not None
-    make = llm._factory._make_constraint
-    assert make is not None
-
-    def accepts(instance: Any) -> bool:
-        constraint = make(StructuredOutputsParams(json=schema))
-        ids = tokenizer.encode(json.dumps(instance, ensure_ascii=False), add_special_tokens=False)
-        assert tokenizer.eos_token_id is not None
-        try:
-            for token_id in [*ids, tokenizer.eos_token_id]:
-                constraint.accept(token_id)
-        except RequestFailedError:
-            return False
-        return True
-
     for instance in valid:
         jsonschema.validate(instance, schema)
-        assert accepts(instance), instance
+        assert accepts(llm, schema, json.dumps(instance, ensure_ascii=False)), instance
     for instance in invalid:
         assert list(jsonschema.Draft202012Validator(schema).iter_errors(instance))
-        assert not accepts(instance), instance
+        assert not accepts(llm, schema, json.dumps(instance, ensure_ascii=False)), instance

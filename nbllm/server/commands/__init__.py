@@ -1,0 +1,1 @@
+"""The commands `nbllm serve`, `chat`, `complete` and `run-batch`."""
