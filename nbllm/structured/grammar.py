@@ -20,6 +20,10 @@ MAX_GRAMMAR_BYTES = 64 << 10
 # JSON on one line, or indented. More is right JSON, too, but a small model that may write blanks
 # writes nothing else.
 _WHITESPACE = r"( |\n[ \t]{0,32})"
+_SHARING = frozenset({"allOf", "not", "if"})  # speak of an object of which others speak, too
+_COMBINING = _SHARING | {"anyOf", "oneOf", "then", "else", "$ref"}
+_OPENING = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # hold no schemas
 MAX_NESTED = 128  # opening brackets of a regex or grammar that are not closed yet
 
 
@@ -58,8 +62,7 @@ def grammar_text(params: StructuredOutputsParams) -> str:
 def _from_schema(schema: Any, params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
-    if params.disable_additional_properties:
-        schema = _closed(schema)
+    schema = _closed(schema)
     options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
@@ -112,15 +115,31 @@ def _schema(name: str, schema: Any) -> Any:
     return schema
 
 
-def _closed(schema: Any) -> Any:
-    """The same with no properties but those that it names."""
+def _closed(schema: Any, *, is_part: bool = False) -> Any:
+    """The same with no properties but those that it names, where it does not speak of others.
+
+    JSON Schema allows any others. Nobody who names some wants more, and a small model would go on
+    inventing them.
+
+    Args:
+        schema: or a part of one.
+        is_part: others name further properties of the same object.
+    """
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_closed(item, is_part=is_part) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
-    if "properties" in closed and isinstance(closed["properties"], dict):
-        closed.setdefault("additionalProperties", False)
+    is_part = is_part or not _COMBINING.isdisjoint(schema)
+    has_properties = "properties" in schema
+    closed = {
+        key: value
+        if key in _VALUES
+        else _closed(value, is_part=key in _SHARING or (key in _COMBINING and has_properties))
+        for key, value in schema.items()
+    }
+    if isinstance(closed.get("properties"), dict) and not is_part:
+        if _OPENING.isdisjoint(closed):
+            closed["additionalProperties"] = False
     return closed
 
 

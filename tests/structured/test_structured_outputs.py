@@ -33,8 +33,8 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4},
     {"anyOf": [{"type": "null"}, {"const": 7}]},
     {
-        "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}},
-        "$ref": "#/$defs/node",
+        "$defs": {"list": {"anyOf": [{"enum": [1, 2]}, {"items": {"$ref": "#/$defs/list"}}]}},
+        "$ref": "#/$defs/list",
     },
     {"type": "string", "pattern": "^[a-c]{2,5}$"},
 ]
@@ -119,6 +119,32 @@ def test_a_json_object_is_any_object(llm: LLM) -> None:
     for output in outputs:
         if output.finish_reason == "stop":
             assert isinstance(json.loads(output.text), dict)
+
+
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "has_more"),
+    [
+        (OPEN, False),
+        ({"type": "array", "items": OPEN}, False),
+        (OPEN | {"additionalProperties": True}, True),
+        ({"allOf": [OPEN, {"properties": {"b": {"type": "integer"}}}]}, True),
+        ({"anyOf": [OPEN, {"type": "null"}]}, False),
+        ({"properties": {}, "anyOf": [OPEN]}, True),
+        ({"type": "object"}, True),
+    ],
+    ids=str,
+)
+def test_objects_have_the_properties_that_are_named_unless_others_are_spoken_of(
+    llm: LLM, schema: dict[str, Any], has_more: bool
+) -> None:
+    def as_instance(value: Any) -> str:
+        return json.dumps([value] if schema.get("type") == "array" else value)
+
+    assert accepts(llm, schema, as_instance({"a": 1}))
+    assert accepts(llm, schema, as_instance({"a": 1, "b": 2})) == has_more
 
 
 @pytest.mark.parametrize("indent", [None, 2, 4])
