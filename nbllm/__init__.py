@@ -25,6 +25,7 @@ _EXPORTS = {
     "RequestOutputKind": "nbllm.sampling_params",
     "StructuredOutputsParams": "nbllm.sampling_params",
     "set_default_llm": "nbllm.default_llm",
+    "serve": "nbllm.server.serve_model",
     "SamplingControls": "nbllm.widgets.sampling_controls",
     "allow_nested_asyncio": "nbllm.nested_asyncio",
     "TextPrompt": "nbllm.inputs",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
         SamplingParams,
         StructuredOutputsParams,
     )
+    from nbllm.server.serve_model import serve
     from nbllm.widgets.sampling_controls import SamplingControls
 
 

@@ -38,7 +38,7 @@ from nbllm.structured.constraint import GrammarCompiler
 from nbllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nbllm.server.serve import Server
+    from nbllm.server.handle import Server
 
 Message = Mapping[str, Any]
 
@@ -124,7 +124,7 @@ class LLM:
         self.model_config: ModelConfig = loaded.model_config
         self.model_name = name
         self.chat_template = chat_template
-        self._servers: list[Server] = []
+        self._servers: weakref.WeakSet[Server] = weakref.WeakSet()  # threads hold them
         self._thread = EngineThread(loaded.engine)
         # Not a bound method: the finalizer must not keep `self` alive.
         self._finalizer = weakref.finalize(self, EngineThread.close, self._thread)
@@ -345,7 +345,7 @@ class LLM:
         from nbllm.server.serve import serve
 
         server = serve(self, **options)
-        self._servers.append(server)
+        self._servers.add(server)
         return server
 
     # -- state --------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ class LLM:
 
     def close(self) -> None:
         """End all requests and give the memory back. Idempotent; also at the end of `with`."""
-        for server in self._servers:
+        for server in list(self._servers):
             server.stop()
         self._finalizer()
 

@@ -56,20 +56,15 @@ class RepetitionDetectionParams:
 
 @dataclass(slots=True)
 class StructuredOutputsParams:
-    """A constraint on the generated text: exactly one of json, regex, choice, grammar, json_object,
-    structural_tag.
+    """A constraint on the text: one of json, regex, choice, grammar, json_object, structural_tag.
 
     Attributes:
-        json: a JSON schema, as a dict or as text. Objects have the properties that it names, and
-            others only where it speaks of them ("additionalProperties").
-        regex: matches the whole text; the syntax is that of Rust's regex.
-        choice: the texts that are allowed.
-        grammar: in Lark's form, or in GBNF.
-        json_object: any JSON object.
-        disable_any_whitespace: JSON without blanks. Else it may be on one line or indented.
-        disable_additional_properties: accepted for compatibility; that is the rule here.
-        whitespace_pattern: a regex of the blanks between the pieces of JSON.
-        structural_tag: JSON that says which schemas hold between which tags, in free text.
+        json: a schema, also as text. Objects have the properties that it names, and others only
+            where it speaks of them ("additionalProperties").
+        regex, grammar: in Rust's syntax, of the whole text; in Lark's form or GBNF.
+        structural_tag: JSON: schemas between tags in free text.
+        disable_any_whitespace: JSON without blanks; else it may be on one line or indented.
+        disable_additional_properties: accepted for compatibility.
     """
 
     json: str | dict[str, Any] | None = None

@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from nbllm import __version__
 from nbllm.errors import InvalidRequestError
-from nbllm.server import chat, completions, tokens
+from nbllm.server import chat, completions, responses, tokens
 from nbllm.server.door import Door
 from nbllm.server.errors import add_error_handlers, json_response, refusal
 from nbllm.server.metrics import ServerMetrics
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _BODIES: dict[str, type[ServerRequest]] = {  # the routes read them themselves
     "/v1/chat/completions": chat.ChatCompletionRequest,
     "/v1/completions": completions.CompletionRequest,
+    "/v1/responses": responses.ResponsesRequest,
     "/tokenize": tokens.TokenizeRequest,
     "/detokenize": tokens.DetokenizeRequest,
 }
@@ -46,6 +47,8 @@ def make_app(
     tool_call_parser: str | None = "auto",
     reasoning_parser: str | None = None,
     enable_prompt_tokens_details: bool = False,
+    root_path: str = "",
+    origins: Collection[str] = (),
 ) -> Door:
     """The ASGI application.
 
@@ -59,6 +62,8 @@ def make_app(
         tool_call_parser: of the model's own format of tool calls; "auto" goes by its template.
         reasoning_parser: sets reasoning apart from the answer, if it is given.
         enable_prompt_tokens_details: tell clients how much of a prompt was cached.
+        root_path: under which a proxy shows the server.
+        origins: of the web pages that may ask the server.
     """
     service = Service(
         llm,
@@ -75,11 +80,14 @@ def make_app(
         api_keys=[api_key] if isinstance(api_key, str) else api_key or (),
         hosts=hosts,
         max_concurrent_requests=max_concurrent_requests,
+        root_path=root_path,
+        origins=origins,
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     add_error_handlers(app)
     completions.add_routes(app, service)
     chat.add_routes(app, service)
+    responses.add_routes(app, service)
     tokens.add_routes(app, service)
     _add_state_routes(app, service, door)
     return door

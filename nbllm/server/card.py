@@ -5,8 +5,12 @@ No key is ever in it: what a cell shows is saved with the notebook.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 from html import escape
+
+_SCHEMES = ("http://", "https://", "/")  # a link to a script would be one too
 
 
 def proxy_path(port: int) -> str | None:
@@ -18,41 +22,83 @@ def proxy_path(port: int) -> str | None:
     return f"/{prefix.strip('/')}/proxy/{port}/" if prefix.strip("/") else f"/proxy/{port}/"
 
 
-def curl_snippet(base_url: str, *, has_key: bool) -> str:
+def proxy_links(port: int) -> list[str]:
+    """Where the browser may find the port, the likeliest first, each with a slash at its end.
+
+    `NBLLM_PROXY_URL` with {port} is what the user says; `VSCODE_PROXY_URI` with {{port}} is what
+    VS Code in a browser says; then comes JupyterHub.
+    """
+    templates = (("NBLLM_PROXY_URL", "{port}"), ("VSCODE_PROXY_URI", "{{port}}"))
+    links = [os.environ.get(name, "").replace(mark, str(port)) for name, mark in templates]
+    links.append(proxy_path(port) or "")
+    return [link.rstrip("/") + "/" for link in links if link.startswith(_SCHEMES)]
+
+
+def is_proxied() -> bool:
+    """Whether browsers reach this machine under a name that is not known here."""
+    return bool(proxy_links(0)) or _is_colab()
+
+
+def curl_snippet(base_url: str, *, has_key: bool, uds: str | None = None) -> str:
     """A command line that asks the model; the key is read from the environment."""
     key = ' -H "Authorization: Bearer $NBLLM_API_KEY" \\\n    ' if has_key else " "
     body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    over = "" if uds is None else f"--unix-socket {shlex.quote(uds)} "
     return (
-        f"curl {base_url}/chat/completions \\\n   {key}-H 'Content-Type: application/json' \\\n"
+        f"curl {over}{base_url}/chat/completions \\\n"
+        f"   {key}-H 'Content-Type: application/json' \\\n"
         f"    -d '{body}'"
     )
 
 
-def python_snippet(base_url: str, model: str, *, has_key: bool) -> str:
+def python_snippet(base_url: str, model: str, *, has_key: bool, uds: str | None = None) -> str:
     """A program that asks the model; the key is read from the environment."""
     key = 'os.environ["NBLLM_API_KEY"]' if has_key else '"none"'
-    head = "import os\nimport openai\n\n" if has_key else "import openai\n\n"
+    head = ("import os\n" if has_key else "") + ("" if uds is None else "import httpx\n")
+    options = f"base_url={base_url!r}, api_key={key}"
+    if uds is not None:
+        head += (
+            f"import openai\n\nhttp = httpx.Client(transport=httpx.HTTPTransport(uds={uds!r}))\n"
+        )
+        options += ", http_client=http"
+    else:
+        head += "import openai\n\n"
     return (
-        f"{head}client = openai.OpenAI(base_url={base_url!r}, api_key={key})\n"
+        f"{head}client = openai.OpenAI({options})\n"
         f"reply = client.chat.completions.create(\n    model={model!r},\n"
         '    messages=[{"role": "user", "content": "Hello!"}],\n)\n'
         "reply.choices[0].message.content"
     )
 
 
-def card(base_url: str, model: str, port: int, *, has_key: bool, state: str) -> str:
-    """HTML: where the server is and how to ask it. A click into a snippet selects it."""
-    path = proxy_path(port)
-    link = path if path is not None else base_url.removesuffix("/v1") + "/"
+def card(
+    base_url: str, model: str, port: int, *, has_key: bool, state: str, uds: str | None = None
+) -> str:
+    """HTML: where the server is and how to ask it. A click into a snippet selects it.
+
+    Args:
+        base_url: for clients of this machine.
+        model: what clients call it.
+        port: where it listens; unused with `uds`.
+        has_key: whether clients need one.
+        state: how it is doing.
+        uds: path of the Unix socket that it listens on, which no browser can reach.
+    """
     rows = [
         f"<b>nbllm</b> serves <code>{escape(model)}</code>, {escape(state)}",
-        f"<code>base_url</code>: <code>{escape(base_url)}</code> "
-        f'(<a href="{escape(link + "health", quote=True)}" target="_blank" '
-        'rel="noopener">is it healthy?</a>)',
+        f"<code>base_url</code>: <code>{escape(base_url)}</code>",
     ]
+    if uds is None:
+        local = base_url.removesuffix("/v1") + "/"
+        rows.append(" or ".join(map(_link, [*proxy_links(port), local])))
+        if _is_colab():
+            rows.append(_colab_link(port))
+    else:
+        rows.append(f"over the Unix socket <code>{escape(uds)}</code>")
     if has_key:
         rows.append("<code>api_key</code>: in <code>server.api_key</code>, not shown here")
-    if path is not None:
+    path = proxy_path(port)
+    if path is not None and uds is None:
         rows.append(
             f"From outside of this machine: your hub's address and <code>{escape(path)}v1</code>, "
             "with the headers <code>Accept: text/event-stream</code> for streams, "
@@ -60,8 +106,8 @@ def card(base_url: str, model: str, port: int, *, has_key: bool, state: str) -> 
             "<code>X-API-Key</code> for this server"
         )
     snippets = (
-        ("curl", curl_snippet(base_url, has_key=has_key)),
-        ("Python", python_snippet(base_url, model, has_key=has_key)),
+        ("curl", curl_snippet(base_url, has_key=has_key, uds=uds)),
+        ("Python", python_snippet(base_url, model, has_key=has_key, uds=uds)),
     )
     shown = "".join(
         f"<details><summary>{name}</summary>"
@@ -69,3 +115,29 @@ def card(base_url: str, model: str, port: int, *, has_key: bool, state: str) -> 
         for name, text in snippets
     )
     return "<div>" + "".join(f"<div>{row}</div>" for row in rows) + shown + "</div>"
+
+
+def _link(url: str) -> str:
+    target = escape(url + "health", quote=True)
+    return (
+        f'<a href="{target}" target="_blank" rel="noopener">is it healthy?</a> '
+        f"<small>({escape(url)})</small>"
+    )
+
+
+def _is_colab() -> bool:
+    try:
+        return importlib.util.find_spec("google.colab") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _colab_link(port: int) -> str:
+    """Only the notebook's page can ask Colab for the link."""
+    return (
+        '<a target="_blank" rel="noopener">asking Colab for the link</a><script>(() => {'
+        "const link = document.currentScript.previousElementSibling;"
+        f"google.colab.kernel.proxyPort({int(port)}, {{cache: true}}).then((url) => {{"
+        'link.href = new URL("health", url); link.textContent = "is it healthy, through Colab?";'
+        "});})();</script>"
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbllm.notebook_cell import NotebookCell
-    from nbllm.server.serve import Server
+    from nbllm.server.handle import Server
 
 _MAX_CELLS = 256
 

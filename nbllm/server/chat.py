@@ -13,7 +13,6 @@ from pydantic import Field
 
 from nbllm.errors import InvalidRequestError
 from nbllm.outputs import CompletionOutput, RequestOutput
-from nbllm.sampling_params import SamplingParams
 from nbllm.server.generation import Reply, answer, request_id
 from nbllm.server.logprobs import LogprobsWriter, prompt_logprobs_body
 from nbllm.server.messages import template_messages
@@ -245,9 +244,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         choice = ToolChoice.of(
             parsed.tools or None, parsed.tool_choice, parallel=parsed.parallel_tool_calls
         )
-        params = _with_tools(
-            parsed.sampling_params(service.llm.get_default_sampling_params()), choice
-        )
+        defaults = service.llm.get_default_sampling_params()
+        params = choice.sampling_params(parsed.sampling_params(defaults))
         reply = ChatReply(service, parsed, request_id(request, parsed), choice)
         prompt = await encode_chat(service, parsed)
         keep = parsed.truncate_prompt_tokens
@@ -255,20 +253,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
             ids = prompt["prompt_token_ids"]
             prompt["prompt_token_ids"] = ids[max(len(ids) - keep, 0) :]
         return await answer(service, request, parsed, [prompt], params, reply)
-
-
-def _with_tools(params: SamplingParams, choice: ToolChoice) -> SamplingParams:
-    if choice.mode == "auto":  # the marks of calls may be special tokens
-        return params.clone(skip_special_tokens=False)
-    constraint = choice.constraint()
-    if constraint is None:
-        return params
-    if params.structured_outputs is not None:
-        raise InvalidRequestError(
-            "tool_choice requires a call, and another form is asked for, too",
-            parameter="tool_choice",
-        )
-    return params.clone(structured_outputs=constraint)
 
 
 async def encode_chat(service: Service, request: ChatTemplateRequest) -> dict[str, Any]:

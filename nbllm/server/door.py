@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from fastapi.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 
 from nbllm.server.errors import BodyTooLargeError, BodyTooSlowError, refusal
-from nbllm.server.request_log import RequestLog, RequestRecord
+from nbllm.server.protocol import error_body, to_json
+from nbllm.server.request_log import RequestLog, RequestRecord, note_error
 from nbllm.server.service import RECORD
 
 MAX_BODY_BYTES = 8 << 20
@@ -40,6 +42,9 @@ class Door:
             everybody in.
         hosts: names under which the server may be addressed; None is any.
         max_concurrent_requests: POST requests that are answered at a time.
+        root_path: under which a proxy shows the server; it may be left on a path or not.
+        origins: of the web pages that may ask the server; their browsers' preflight requests are
+            answered here, without a key.
 
     Attributes:
         app, log: the same.
@@ -53,6 +58,8 @@ class Door:
         api_keys: Collection[str],
         hosts: Collection[str] | None,
         max_concurrent_requests: int,
+        root_path: str = "",
+        origins: Collection[str] = (),
     ) -> None:
         self.app = app
         self.log = log
@@ -60,6 +67,8 @@ class Door:
         self._hosts = hosts
         self._max_posts = max_concurrent_requests
         self._num_posts = 0
+        self._root_path = root_path
+        self._entry: Any = self._enter if not origins else _for_browsers(self._enter, origins)
 
     @property
     def num_posts(self) -> int:
@@ -69,16 +78,24 @@ class Door:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # no route takes a WebSocket
-        if scope["path"] in OPEN_PATHS:
-            await self._enter(scope, receive, send)
+        scope["root_path"] = self._root_path
+        if self._path(scope) in OPEN_PATHS:
+            await self._entry(scope, receive, send)
             return
-        record = self.log.begin(scope["path"][:200])
+        record = self.log.begin(self._path(scope)[:200])
         scope[RECORD] = record
+        reply = _Reply(record, send)
         try:
-            await self._enter(scope, receive, _noting(record, send))
+            await self._entry(scope, receive, reply.send)
         except asyncio.CancelledError:  # the server stops, and the request has had its time
+            record.error = _STOPS
             if record.status == 0:
-                await refusal(503, "the server stops")(scope, receive, _noting(record, send))
+                await refusal(503, _STOPS)(scope, receive, reply.send)
+            elif reply.is_open_stream:
+                await reply.end_stream()
+        except Exception as error:
+            note_error(error)
+            raise
         finally:
             self.log.end(record)
 
@@ -102,7 +119,7 @@ class Door:
             return refusal(
                 403, "this server is not known under that name: serve(allowed_hosts=[...])"
             )
-        if scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+        if self._path(scope) not in OPEN_PATHS and not self._has_key(headers):
             return refusal(401, "wrong or missing API key")
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -114,6 +131,11 @@ class Door:
             if self._num_posts >= self._max_posts:
                 return refusal(429, "too many requests at a time: try again")
         return None
+
+    def _path(self, scope: Message) -> str:
+        path: str = scope["path"]
+        root = self._root_path
+        return path[len(root) :] if root and path.startswith(root + "/") else path
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         if not self._digests:
@@ -127,6 +149,7 @@ class Door:
         return any(matches)
 
 
+_STOPS = "the server stops"
 _TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
 
 
@@ -148,13 +171,38 @@ def _expects_continue(scope: Message) -> bool:
     return dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue"
 
 
-def _noting(record: RequestRecord, send: Send) -> Send:
-    async def noted(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            record.status = message["status"]
-        await send(message)
+def _for_browsers(app: Any, origins: Collection[str]) -> CORSMiddleware:
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # clients have some of their own; the key is in a header, no cookie
+        expose_headers=("Retry-After",),
+    )
 
-    return noted
+
+class _Reply:
+    """What has been sent of the reply to a request."""
+
+    def __init__(self, record: RequestRecord, send: Send) -> None:
+        self.is_open_stream = False
+        self._record = record
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            self.is_open_stream = kind.startswith(b"text/event-stream")
+        elif not message.get("more_body", False):
+            self.is_open_stream = False
+        await self._send(message)
+
+    async def end_stream(self) -> None:
+        """Tell the client why no more comes, in the way of errors inside a stream."""
+        event = to_json(error_body(_STOPS, 503))
+        body = b"data: " + event + b"\n\ndata: [DONE]\n\n"
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -18,6 +18,7 @@ from nbllm.errors import (
     RequestFailedError,
 )
 from nbllm.server.protocol import error_body, to_json
+from nbllm.server.request_log import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def refusal(status: int, message: str, parameter: str | None = None) -> Response
 
 def stream_error(error: Exception) -> dict[str, Any]:
     """The event that ends a stream whose status was sent before."""
+    note_error(error)
     return error_body(_message(error), _status(error), getattr(error, "parameter", None))
 
 
@@ -94,6 +96,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    note_error(error)
     if not isinstance(error, (NbllmError, BodyTooLargeError, BodyTooSlowError)):
         logger.error("a request failed", exc_info=error)
     return refusal(_status(error), _message(error), getattr(error, "parameter", None))

@@ -152,6 +152,14 @@ class Reply(ABC):
     def deltas(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """The choices of chunks for what is new in prompt `number`."""
 
+    def event(self, data: dict[str, Any]) -> bytes:
+        """A chunk as it is sent."""
+        return b"data: " + to_json(data) + b"\n\n"
+
+    def failure(self, error: Exception) -> Iterator[dict[str, Any]]:
+        """The chunks that end a stream whose status was sent before."""
+        yield stream_error(error)
+
     def whole_extra(self, output: RequestOutput) -> dict[str, Any]:
         """Further fields of the whole reply."""
         return {}
@@ -202,7 +210,7 @@ async def _answer(
         first = await unless_disconnected(request, anext(events))
         if first is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return _EventStream(_events(first, events), headers=_STREAM_HEADERS)
+        return _EventStream(_events(first, events, reply), headers=_STREAM_HEADERS)
     work = _generate(service.llm, prompts, params, parsed.priority)
     outputs = await unless_disconnected(request, work)
     if outputs is None:
@@ -303,21 +311,18 @@ def _stream(
 
 
 async def _events(
-    first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]
+    first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], reply: Reply
 ) -> AsyncIterator[bytes]:
-    yield _event(first)
+    yield reply.event(first)
     try:
         async for chunk in chunks:
-            yield _event(chunk)
+            yield reply.event(chunk)
     except Exception as error:  # the status is sent: the error can only be an event
         if not isinstance(error, NbllmError):
             logger.exception("a stream failed")
-        yield _event(stream_error(error))
+        for chunk in reply.failure(error):
+            yield reply.event(chunk)
     yield b"data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(data) + b"\n\n"
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
+
+from nbllm.server.log_lines import LogLines, describe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +27,7 @@ class RequestRecord:
         started: seconds since the epoch.
         seconds: from the request to the end of the reply, or None while it runs.
         prompt_tokens, completion_tokens: so far.
+        error: what went wrong, or "".
     """
 
     route: str
@@ -33,10 +37,29 @@ class RequestRecord:
     seconds: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    error: str = ""
 
     def count(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Note the tokens so far."""
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
+
+    def line(self) -> str:
+        """For the server's log."""
+        tokens = f"{self.prompt_tokens}+{self.completion_tokens} tokens"
+        error = f" {self.error}" if self.error else ""
+        seconds = self.seconds or 0.0
+        return f"{self.id or '-'} {self.route} {self.status} {seconds:.3f} s {tokens}{error}"
+
+
+# The request that this task answers.
+_current: ContextVar[RequestRecord | None] = ContextVar("nbllm_request", default=None)
+
+
+def note_error(error: BaseException) -> None:
+    """Note why the request that this task answers fails; the first reason stays."""
+    record = _current.get()
+    if record is not None and not record.error:
+        record.error = describe(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +85,13 @@ class RequestLog:
 
     Args:
         max_records: how many are kept.
+
+    Attributes:
+        lines: the server's log, with a line for each request that ended.
     """
 
     def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        self.lines = LogLines()
         self._records: deque[RequestRecord] = deque(maxlen=max_records)
         self._stats = ServerStats()
         self._num_running = 0
@@ -87,8 +114,9 @@ class RequestLog:
         )
 
     def begin(self, route: str) -> RequestRecord:
-        """A new request."""
+        """A new request, which the task that calls this answers."""
         record = RequestRecord(route)
+        _current.set(record)
         self._num_running += 1
         self._records.append(record)
         return record
@@ -105,6 +133,7 @@ class RequestLog:
             ended.prompt_tokens + record.prompt_tokens,
             ended.completion_tokens + record.completion_tokens,
         )
+        self.lines.add(record.line())
 
     def frame(self) -> pd.DataFrame:
         """The recent requests, the oldest first: one row each, the fields of `RequestRecord`."""

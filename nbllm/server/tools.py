@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from nbllm.errors import InvalidRequestError
-from nbllm.sampling_params import StructuredOutputsParams
+from nbllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nbllm.server.reasoning_parsers import make_reasoning_parser
 from nbllm.server.tool_parsers import MAX_CALLS, CallPiece, Delta, make_tool_parser
 from nbllm.server.tool_parsers.tool_parser import new_call_id
@@ -115,7 +115,8 @@ class ToolChoice:
         if isinstance(tool_choice, dict):
             function = tool_choice.get("function", tool_choice)  # /v1/responses has it flat
             name = function.get("name") if isinstance(function, dict) else None
-            if tool_choice.get("type") != "function" or name not in names:
+            is_known = isinstance(name, str) and name in names
+            if tool_choice.get("type") != "function" or not is_known:
                 raise _error("tool_choice", "must name one of the tools")
             return cls("named", tools, str(name), parallel)
         mode = "auto" if tool_choice is None else tool_choice
@@ -143,6 +144,21 @@ class ToolChoice:
             "items": {"anyOf": calls},
         }
         return StructuredOutputsParams(json=schema | definitions, disable_any_whitespace=True)
+
+    def sampling_params(self, params: SamplingParams) -> SamplingParams:
+        """How to sample, so that calls can be made and read.
+
+        Raises:
+            InvalidRequestError: a call is required, and another form is asked for, too.
+        """
+        if self.mode == "auto":  # the marks of calls may be special tokens
+            return params.clone(skip_special_tokens=False)
+        constraint = self.constraint()
+        if constraint is None:
+            return params
+        if params.structured_outputs is not None:
+            raise _error("tool_choice", "requires a call, and another form is asked for, too")
+        return params.clone(structured_outputs=constraint)
 
     def parser(self, parsers: Parsers) -> ChoiceParser | None:
         """Reads the text of one choice; None if all of it is content.

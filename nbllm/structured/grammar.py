@@ -69,7 +69,10 @@ def _from_schema(schema: Any, params: StructuredOutputsParams) -> str:
     if params.whitespace_pattern is not None:
         _check_text("whitespace_pattern", params.whitespace_pattern, MAX_REGEX_BYTES)
         options["whitespace_pattern"] = params.whitespace_pattern
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    except ValueError as error:  # numbers and letters that other JSON readers do not have
+        raise _error(f"json: {error}") from error
 
 
 def _from_tags(text: str) -> str:

@@ -6,8 +6,11 @@ import asyncio
 import builtins
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -182,6 +185,61 @@ def test_behind_a_hub_the_card_links_through_the_proxy(
     with llm.serve() as server:
         assert f'href="/user/ada/proxy/{server.port}/health"' in server._repr_html_()
         assert "text/event-stream" in server._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "link"),
+    [
+        ("NBLLM_PROXY_URL", "https://nb.example/p/{port}", "https://nb.example/p/PORT/health"),
+        ("NBLLM_PROXY_URL", "/mine/{port}/", "/mine/PORT/health"),
+        ("VSCODE_PROXY_URI", "https://code.example/{{port}}/", "https://code.example/PORT/health"),
+        ("JUPYTERHUB_SERVICE_PREFIX", "/user/ada/", "/user/ada/proxy/PORT/health"),
+    ],
+)
+def test_the_card_links_through_the_proxy_that_the_environment_names(
+    llm: LLM, send: Send, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, link: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with llm.serve() as server:
+        assert f'href="{link.replace("PORT", str(server.port))}"' in server._repr_html_()
+        assert send(server, "GET", "/version", headers={"Host": "a.proxy.example"})[0] == 200
+
+
+def test_the_likeliest_link_comes_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBLLM_PROXY_URL", "https://first.example/{port}")
+    monkeypatch.setenv("VSCODE_PROXY_URI", "https://second.example/{{port}}")
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/third/")
+    with llm.serve() as server:
+        html = server._repr_html_()
+        links = [part.partition('"')[0] for part in html.split('href="')[1:]]
+        starts = ["https://first.", "https://second.", "/third/", server.url]
+        assert len(links) == len(starts)
+        assert all(link.startswith(start) for link, start in zip(links, starts, strict=True))
+
+
+@pytest.mark.parametrize(
+    "value", ["javascript:alert({port})", 'https://x.example/"><script>{port}</script>', ""]
+)
+def test_a_link_is_no_script(llm: LLM, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("NBLLM_PROXY_URL", value)
+    with llm.serve() as server:
+        html = server._repr_html_()
+        assert "javascript" not in html
+        assert "<script" not in html
+        assert server.api_key is not None and server.api_key not in html
+
+
+def test_in_colab_a_script_asks_for_the_link(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with llm.serve() as server:
+        assert "proxyPort" not in server._repr_html_()
+        (tmp_path / "colab").mkdir()
+        (tmp_path / "colab" / "__init__.py").touch()
+        google = ModuleType("google")
+        google.__path__ = [str(tmp_path)]
+        monkeypatch.setitem(sys.modules, "google", google)
+        assert f"proxyPort({server.port}," in server._repr_html_()
 
 
 def test_the_python_snippet_works(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

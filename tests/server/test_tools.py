@@ -153,6 +153,7 @@ def test_auto_without_a_known_format_says_what_to_do() -> None:
         ([CITY], "always", "tool_choice"),
         ([CITY], {"type": "function", "function": {"name": "g"}}, "tool_choice"),
         ([CITY], {"type": "function", "function": 5}, "tool_choice"),
+        ([CITY], {"type": "function", "function": {"name": [{}]}}, "tool_choice"),
     ],
 )
 def test_what_is_wrong_is_named(tools: Any, choice: Any, parameter: str) -> None:

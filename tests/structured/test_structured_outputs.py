@@ -238,6 +238,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "Invalid type": {"json": {"type": "zebra"}},
     "dependentSchemas": {"json": {"type": "object", "dependentSchemas": {}}},
     "no valid JSON": {"json": "{"},
+    "number out of range": {"json": {"const": 10**400}},
+    "hex escape": {"json": {"const": "\ud800"}},
     "must be a JSON object": {"json": "[1]"},
     "schemas deep": {"json": json.loads('{"not":' * 100 + "{}" + "}" * 100)},
     "brackets": {"regex": "(" * 129 + "a" + ")" * 129},

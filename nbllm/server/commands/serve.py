@@ -20,6 +20,12 @@ _PASSED_ON = (
     "tool_call_parser",
     "reasoning_parser",
     "metrics_prefix",
+    "uds",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_ca_certs",
+    "root_path",
+    "allowed_origins",
 )
 
 
@@ -27,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nbllm serve`; under vLLM's names."""
     parser.add_argument("--host", help=f"address to listen on; default: {_DEFAULT_HOST}")
     parser.add_argument("--port", type=int, help=f"default: {_DEFAULT_PORT}; 0 takes a free one")
+    parser.add_argument("--uds", help="path of a Unix socket, instead of host and port")
+    parser.add_argument("--ssl-keyfile", help="key of the certificate, if it is in another file")
+    parser.add_argument("--ssl-certfile", help="certificate in PEM form: the server speaks HTTPS")
+    parser.add_argument("--ssl-ca-certs", help="authorities of the certificates of clients")
+    parser.add_argument("--root-path", help="path under which a proxy shows the server")
     parser.add_argument(
         "--api-key",
         nargs="+",
@@ -35,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--served-model-name", help="what clients call the model")
     parser.add_argument("--allowed-hosts", nargs="+", help="names of this server; * is any")
+    parser.add_argument(
+        "--allowed-origins", nargs="+", help="origins of web pages that may ask; * is any"
+    )
     parser.add_argument("--max-concurrent-requests", type=int, help="default: 1024")
     parser.add_argument("--tool-call-parser", help="default: by the model's chat template")
     parser.add_argument("--reasoning-parser", help="deepseek_r1 or qwen3")
@@ -57,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: told_to_end.set())
     with LLM(**llm_options(arguments)) as llm:
         server = serve(llm, **_server_options(arguments))
-        sys.stdout.write(f"nbllm serves {llm.model_name} on {server.base_url}\n")
+        over = "" if server.uds is None else f" over {server.uds}"
+        sys.stdout.write(f"nbllm serves {llm.model_name} on {server.base_url}{over}\n")
         sys.stdout.flush()
         told_to_end.wait()
         sys.stdout.write("ending; requests that run are answered\n")
@@ -68,14 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _server_options(arguments: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ.get
-    given = {name: getattr(arguments, name) for name in _PASSED_ON}
+    given = {name: getattr(arguments, name) for name in (*_PASSED_ON, "host", "port")}
+    defaults = {} if arguments.uds else {"host": _DEFAULT_HOST, "port": _DEFAULT_PORT}
     return {
-        "host": arguments.host or _DEFAULT_HOST,
-        "port": _DEFAULT_PORT if arguments.port is None else arguments.port,
+        **defaults,
         "api_key": arguments.api_key
         or environment("NBLLM_API_KEY")
         or environment("VLLM_API_KEY")
         or None,
         "model_name": arguments.served_model_name,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in given.items() if value not in (None, "")},
     }
