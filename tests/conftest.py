@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,31 @@ def generate_greedily() -> Callable[..., list[int]]:
 def _no_engine_is_left() -> Iterator[None]:
     yield
     gc.collect()
+
+
+@pytest.fixture
+def run_in_kernel() -> Iterator[Callable[[str], str]]:
+    """Runs a cell in a real Jupyter kernel of its own; returns what it printed."""
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager()
+    manager.kernel_spec.argv[0] = sys.executable
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+
+    def run(code: str) -> str:
+        printed: list[str] = []
+
+        def collect(message: dict[str, Any]) -> None:
+            if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+                printed.append(message["content"]["text"])
+
+        reply = client.execute_interactive(code, timeout=60, output_hook=collect)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return "".join(printed).strip()
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)

@@ -172,11 +172,6 @@ class ModelRunner:
             params = kind.tensors(self.batch.state, rows, rows)
             draw(logits, rows, params, kind, self.batch)
 
-    def synchronize(self) -> None:
-        """Wait until nothing is pending on the device."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
     def _runs_on_device(self, output: SchedulerOutput) -> bool:
         """True if the host need not put tensors together to sample.
 

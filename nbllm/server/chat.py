@@ -19,7 +19,7 @@ from nbllm.server.messages import template_messages
 from nbllm.server.protocol import MAX_LOGPROBS, GenerationRequest, ServerRequest, parse_request
 from nbllm.server.service import Service
 from nbllm.server.tool_parsers import Delta, gather
-from nbllm.server.tools import ChoiceParser, ToolChoice
+from nbllm.server.tools import ChoiceParser, ToolChoice, read_choice
 
 
 class ChatTemplateRequest(ServerRequest):
@@ -105,11 +105,7 @@ class _ChoiceReader:
 
     def read(self, completion: CompletionOutput) -> list[Delta]:
         """What is new in a choice, and at its end all that was held back."""
-        if self._parser is None:
-            return [Delta(content=completion.text)] if completion.text else []
-        deltas = self._parser.feed(completion.text)
-        if completion.finish_reason is not None:
-            deltas += self._parser.finish()
+        deltas = read_choice(self._parser, completion)
         for delta in deltas:
             if delta.call is not None:
                 self.num_calls += (delta.call.id is not None) - delta.call.withdrawn

@@ -15,7 +15,7 @@ from nbllm.server.generation import Reply
 from nbllm.server.protocol import to_json
 from nbllm.server.service import Service
 from nbllm.server.tool_parsers import Delta
-from nbllm.server.tools import ToolChoice
+from nbllm.server.tools import ToolChoice, read_choice
 
 if TYPE_CHECKING:
     from nbllm.server.responses import ResponsesRequest
@@ -261,11 +261,7 @@ class ResponsesReply(Reply):
         return numbered
 
     def _read(self, completion: CompletionOutput) -> list[Delta]:
-        if self._parser is None:
-            return [Delta(content=completion.text)] if completion.text else []
-        deltas = self._parser.feed(completion.text)
-        if completion.finish_reason is not None:
-            deltas += self._parser.finish()
+        deltas = read_choice(self._parser, completion)
         return [delta for delta in deltas if delta.content or delta.reasoning or delta.call]
 
     def _body(

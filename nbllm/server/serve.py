@@ -104,11 +104,12 @@ def serve(
     if api_key == "auto":
         old_key = None if replaced is None else replaced.api_key
         keys = [old_key or secrets.token_urlsafe(24)]
+    name = model_name or llm.model_name
     app = make_app(
         llm,
         api_key=keys or None,
         hosts=_allowed_names(address, allowed_hosts, has_key=bool(keys)),
-        model_name=model_name or llm.model_name,
+        model_name=name,
         max_concurrent_requests=max_concurrent_requests,
         metrics_prefix=metrics_prefix,
         tool_call_parser=tool_call_parser,
@@ -118,7 +119,7 @@ def serve(
         origins=origins,
     )
     first_key = keys[0] if keys else None
-    options = {"api_key": first_key, "model_name": model_name or llm.model_name}
+    options = {"api_key": first_key, "model_name": name}
     server = _make_server(app, address, port, replaced, **options)
     made_key = first_key if api_key == "auto" else None
     _cell_servers.add(cell, Trace(server.port, made_key, weakref.ref(server)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from nbllm.errors import InvalidRequestError
+from nbllm.outputs import CompletionOutput
 from nbllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nbllm.server.reasoning_parsers import make_reasoning_parser
 from nbllm.server.tool_parsers import MAX_CALLS, CallPiece, Delta, make_tool_parser
@@ -45,6 +46,14 @@ class ChoiceParser(Protocol):
     def finish(self) -> list[Delta]:
         """What was held back, at the end of the text."""
         ...
+
+
+def read_choice(parser: ChoiceParser | None, completion: CompletionOutput) -> list[Delta]:
+    """What is new in a choice, and at its end all that was held back; without a parser, content."""
+    if parser is None:
+        return [Delta(content=completion.text)] if completion.text else []
+    deltas = parser.feed(completion.text)
+    return deltas if completion.finish_reason is None else deltas + parser.finish()
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,8 @@ class GrammarCompiler:
         limits = LLParserLimits(**_LIMITS)
         matcher = LLMatcher(self._wrapped_tokenizer(), text, log_level=0, limits=limits)
         if matcher.is_error():
-            message = " ".join(matcher.get_error().split())[:_MAX_MESSAGE]
             raise InvalidRequestError(
-                f"structured_outputs: {message}", parameter="structured_outputs"
+                f"structured_outputs: {_error_text(matcher)}", parameter="structured_outputs"
             )
         return matcher
 
@@ -152,5 +151,10 @@ class Constraint:
         return [c._failure() if c._matcher.is_error() else None for c in constraints]
 
     def _failure(self) -> RequestFailedError:
-        message = " ".join(self._matcher.get_error().split())[:_MAX_MESSAGE]
-        return RequestFailedError(f"structured_outputs: {message or 'the text left its grammar'}")
+        message = _error_text(self._matcher) or "the text left its grammar"
+        return RequestFailedError(f"structured_outputs: {message}")
+
+
+def _error_text(matcher: LLMatcher) -> str:
+    """What is wrong, in one line that is not too long; empty if it does not say."""
+    return " ".join(matcher.get_error().split())[:_MAX_MESSAGE]

@@ -19,19 +19,6 @@ CHAT: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PLAIN = "What is 17 + 25?"
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(device="cpu", dtype="float32") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Server]:
-    with llm.serve() as server:
-        yield server
-    assert not server.is_running
-
-
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.base_url, api_key=server.api_key, max_retries=0) as client:
