@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from decode_model import EPS, SPECS, DecodeModel, Spec
 from torch import Tensor
 
-from nbllm_kernels import rms_norm, silu_and_mul
+from nbllm_kernels import linear, rms_norm, sample, silu_and_mul
 from nbllm_kernels.gpu.programmatic_launch import without_programmatic_launch
 from nbllm_kernels.gpu.skinny_linear import (
     GemvShape,
@@ -245,6 +245,24 @@ def measure_steps(names: list[str], read: float) -> None:
         torch.cuda.empty_cache()
 
 
+def measure_heads(names: list[str], read: float) -> None:
+    """The head and the draw in one, with the logits stored, and through cuBLAS."""
+    report("head and draw        rows  fused us  of read  stored us  cuBLAS us  same tokens")
+    for name, num_rows in itertools.product(names, ROWS):
+        model = DecodeModel(SPECS[name], num_rows, CONTEXT, 1)
+        hidden, head, params = model.hidden.normal_(), model.head, model.sampling
+        fused = graph_us(lambda m=model, h=hidden: m.draw(h, fused=True))
+        stored = graph_us(lambda h=hidden, w=head, p=params: sample(linear(h, w), p))
+        cublas = graph_us(lambda m=model, h=hidden: m.draw(h, fused=False))
+        same = int((model.draw(hidden, fused=True) == sample(linear(hidden, head), params)).sum())
+        report(
+            f"{name:22}{num_rows:3}  {fused:8.1f}  {head.nbytes / fused / 1e3 / read:7.1%}"
+            f"  {stored:9.1f}  {cublas:9.1f}  {same} of {num_rows}"
+        )
+        del model, hidden, head, params
+        torch.cuda.empty_cache()
+
+
 def run_layers(model: DecodeModel, hidden: Tensor) -> None:
     for layer in model.layers:
         model.run_layer(layer, hidden, fused=True)
@@ -304,6 +322,7 @@ def main() -> None:
     read = ceilings()
     check_identity(options.models[:2])
     measure_steps(options.models, read)
+    measure_heads(options.models, read)
     measure_products(options.models, read, options.sweep)
     print(f"\n{torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s")
     print("\n".join(lines))

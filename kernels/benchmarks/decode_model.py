@@ -1,6 +1,6 @@
 """A decoder of random weights that decodes on the device alone: what bench_decode_layer measures.
 
-`step` runs one token of each row: embedding, layers, head, greedy choice, and the advance of
+`step` runs one token of each row: embedding, layers, head, the draw, and the advance of
 positions and lengths, so that a captured graph of it can be replayed for a whole text.
 """
 
@@ -16,12 +16,15 @@ from torch import Tensor
 from nbllm_kernels import (
     AttentionMetadata,
     HeadNorm,
+    SamplingTensors,
     attention_inputs,
     linear,
+    lm_head_sample,
     norm_gated_linear,
     norm_linear,
     paged_attention,
     rms_norm,
+    sample,
     silu_and_mul,
 )
 
@@ -113,6 +116,17 @@ class DecodeModel:
             max_seq_len=pages_per_row * PAGE,
             num_decode_seqs=num_rows,
         )
+        ones = torch.ones(num_rows, device="cuda")
+        self.sampling = SamplingTensors(
+            temperature=0.8 * ones,
+            top_k=torch.zeros(num_rows, dtype=torch.int32, device="cuda"),
+            top_p=ones,
+            min_p=0 * ones,
+            seeds=torch.arange(num_rows, device="cuda"),
+            positions=self.positions,
+            all_greedy=False,
+            any_filter=False,
+        )
         self.reset()
 
     @staticmethod
@@ -156,10 +170,16 @@ class DecodeModel:
         for layer in self.layers:
             hidden = self.run_layer(layer, hidden, fused=fused)
         normed = rms_norm(hidden, self.norm, EPS)
-        self.tokens.copy_(F.linear(normed, self.head).argmax(dim=-1))
+        self.tokens.copy_(self.draw(normed, fused=fused))
         self.hidden.copy_(hidden)
         self.positions.add_(1)
         self._place()
+
+    def draw(self, normed: Tensor, *, fused: bool) -> Tensor:
+        """[num_rows] tokens of normed states; without `fused`, cuBLAS and stored logits."""
+        if fused:
+            return lm_head_sample(normed, self.head, self.sampling)
+        return sample(F.linear(normed, self.head), self.sampling)
 
     def run_layer(self, layer: LayerWeights, x: Tensor, *, fused: bool) -> Tensor:
         """[num_rows, hidden] to the same; overwrites x. Without `fused`, cuBLAS and single ops."""

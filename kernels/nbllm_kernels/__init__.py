@@ -23,6 +23,7 @@ from nbllm_kernels.decode_state import (
     start_rows,
 )
 from nbllm_kernels.linear import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels.lm_head_sample import lm_head_sample
 from nbllm_kernels.norm_linear import norm_gated_linear, norm_linear
 from nbllm_kernels.paged_attention import paged_attention
 from nbllm_kernels.penalties import (
@@ -60,6 +61,7 @@ __all__ = [
     "gelu_and_mul",
     "gumbel_noise",
     "linear",
+    "lm_head_sample",
     "norm_gated_linear",
     "norm_linear",
     "pack_weight",

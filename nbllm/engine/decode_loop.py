@@ -26,7 +26,7 @@ from nbllm.engine.logprobs import (
     captured_report,
     make_logprob_tensors,
 )
-from nbllm.engine.sampler import SamplingKind, draw
+from nbllm.engine.sampler import SamplingKind, choose
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
@@ -120,9 +120,8 @@ class DecodeLoop:
         metadata.scratch.clear()
         decode_inputs(state, bucket.rows, inputs, block_size=self._batch.block_size)
         hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, metadata)
-        logits = self._model.compute_logits(hidden)
         params = kind.tensors(inputs, inputs.next_positions)
-        draw(logits, bucket.rows, params, kind, self._batch, bucket.logprobs)
+        choose(self._model, hidden, bucket.rows, params, kind, self._batch, bucket.logprobs)
 
     def _fill(self, bucket: _Bucket, scheduled: Sequence[ScheduledRequest]) -> None:
         """Send the rows, and what they share, unless they are the ones of the last time."""

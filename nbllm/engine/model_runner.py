@@ -23,7 +23,7 @@ from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
 from nbllm.engine.pending_step import PendingStep, StepOutput
-from nbllm.engine.prompt_graphs import PromptGraphs
+from nbllm.engine.prompt_graphs import MIN_SEQS, PromptGraphs
 from nbllm.engine.sampler import SamplingKind, draw, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
@@ -171,6 +171,10 @@ class ModelRunner:
         for kind in _REHEARSED_KINDS:
             params = kind.tensors(self.batch.state, rows, rows)
             draw(logits, rows, params, kind, self.batch)
+        if dtype.itemsize == 2:  # the head of rows with filters has kernels of its own
+            in_features = self.model.lm_head.matrix.shape[1]
+            for num_rows in (1, MIN_SEQS):
+                self.model.compute_logits(logits.new_zeros(num_rows, in_features))
 
     def _runs_on_device(self, output: SchedulerOutput) -> bool:
         """True if the host need not put tensors together to sample.

@@ -25,7 +25,7 @@ from nbllm.engine.logprobs import (
     captured_report,
     make_logprob_tensors,
 )
-from nbllm.engine.sampler import SamplingKind, draw
+from nbllm.engine.sampler import SamplingKind, choose
 from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.engine.step_buffers import StepBuffers, StepSize
 from nbllm.models.causal_lm import CausalLM
@@ -34,7 +34,7 @@ from nbllm_kernels import AttentionMetadata, DecodeInputs, decode_inputs
 _MIN_TOKENS = 32  # up to 16 rows the products have kernels of their own, which take long to compile
 _TOKENS = 512  # multiples of it are sizes, and powers of two below
 _SIZES_PER_OCTAVE = 4  # each is captured for every kind of step: no more of the large ones
-_MIN_SEQS = 8
+MIN_SEQS = 8
 _SEQS_FACTOR = 4  # from one number of sequences to the next
 
 
@@ -122,7 +122,7 @@ class PromptGraphs:
 
     def rehearse(self, num_tokens: int) -> None:
         """Run a step of nobody: it reads weights and tables and changes nothing."""
-        bucket = self._make_bucket(_Size(num_tokens, 0, _MIN_SEQS))
+        bucket = self._make_bucket(_Size(num_tokens, 0, MIN_SEQS))
         nothing = np.zeros(0, dtype=np.int64)
         num_blocks = bucket.metadata.block_tables.shape[1]
         arrays = dict.fromkeys(bucket.buffers.tensors, nothing)
@@ -140,9 +140,9 @@ class PromptGraphs:
         hidden = self._model(buffers["input_ids"], buffers["positions"], self._kv_caches, metadata)
         rows = buffers["sampled_rows"]
         decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
-        logits = self._model.compute_logits(hidden[buffers["logits_indices"]])
+        hidden = hidden[buffers["logits_indices"]]
         params = kind.tensors(bucket.inputs, bucket.inputs.next_positions)
-        draw(logits, rows, params, kind, self._batch, bucket.logprobs)
+        choose(self._model, hidden, rows, params, kind, self._batch, bucket.logprobs)
 
     def _size(self, output: SchedulerOutput) -> _Size:
         num_decodes = self._num_seqs(output.num_decodes)
@@ -152,7 +152,7 @@ class PromptGraphs:
         )
 
     def _num_seqs(self, num_seqs: int) -> int:
-        size = _MIN_SEQS if num_seqs else 0
+        size = MIN_SEQS if num_seqs else 0
         while size < num_seqs:
             size *= _SEQS_FACTOR
         return min(size, self._batch.max_num_seqs)

@@ -29,6 +29,7 @@ from nbllm.engine.logprobs import LogprobTensors, gather_logprobs
 from nbllm.engine.request import Request
 from nbllm.engine.scheduler_output import ScheduledRequest
 from nbllm.errors import RequestFailedError
+from nbllm.models.causal_lm import CausalLM
 from nbllm_kernels import (
     DecodeInputs,
     DecodeState,
@@ -54,6 +55,11 @@ class SamplingKind:
     any_filter: bool = False
     any_penalty: bool = False
     any_logprob: bool = False
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether anything but the draw reads the logits."""
+        return self.any_penalty or self.any_logprob
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledRequest]) -> SamplingKind:
@@ -126,6 +132,23 @@ def draw(
     if kind.any_logprob and report is not None:
         num_top = report.top_ids.shape[1]
         report.copy_(gather_logprobs(logits, token_ids.clamp(min=0), num_top))
+    return token_ids
+
+
+def choose(
+    model: CausalLM,
+    hidden: Tensor,
+    rows: Tensor,
+    params: SamplingTensors,
+    kind: SamplingKind,
+    batch: Batch,
+    report: LogprobTensors | None,
+) -> Tensor:
+    """`draw` from hidden states, [N, hidden_size], without stored logits where that is faster."""
+    if kind.needs_logits:
+        return draw(model.compute_logits(hidden), rows, params, kind, batch, report)
+    token_ids = model.lm_head.sample(hidden, params)
+    append_tokens(batch.state, rows, token_ids)
     return token_ids
 
 

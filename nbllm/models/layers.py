@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbllm_kernels import PackedWeight, Weight, linear, pack_weight
+from nbllm_kernels import (
+    PackedWeight,
+    SamplingTensors,
+    Weight,
+    linear,
+    lm_head_sample,
+    pack_weight,
+    sample,
+)
 
 
 class Matrix(nn.Module):
@@ -112,16 +120,24 @@ class LanguageModelHead(nn.Module):
         if embedding is not None:
             embedding.pack()
 
+    @property
+    def matrix(self) -> Weight:
+        """The table, as `nbllm_kernels.linear` takes it."""
+        table = self.projection or self._tied[0]
+        assert table is not None
+        return table.matrix
+
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.projection is not None:
-            logits = self.projection(hidden)
-        else:
-            embedding = self._tied[0]
-            assert embedding is not None
-            logits = linear(hidden, embedding.matrix, batch_invariant=self.batch_invariant)
+        logits = linear(hidden, self.matrix, batch_invariant=self.batch_invariant)
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)
+
+    def sample(self, hidden: Tensor, params: SamplingTensors) -> Tensor:
+        """[N] int64 token ids drawn from the logits of hidden states, see `lm_head_sample`."""
+        if self.softcap is None and not self.batch_invariant:
+            return lm_head_sample(hidden, self.matrix, params)
+        return sample(self(hidden), params)
 
 
 def pack_weights(model: nn.Module) -> None:

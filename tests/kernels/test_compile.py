@@ -274,6 +274,39 @@ def test_skinny_products_compile_for_hopper_without_spills(
     assert "mma" in after or num_rows < 16
 
 
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("in_features", [1024, 4096])
+def test_the_head_and_its_draw_compile_for_hopper_without_spills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, in_features: int
+) -> None:
+    from nbllm_kernels.gpu import lm_head_sample as head
+    from nbllm_kernels.gpu.skinny_linear import GemvShape
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    shape = head.head_shape(num_rows, 151_936, in_features, 132)
+    constants: dict[str, Any] = {
+        "IN_FEATURES": in_features,
+        "VOCAB_SIZE": 151_936,
+        "BLOCK_N": shape.block_n,
+        "BLOCK_K": shape.block_k,
+        "LAUNCH_PDL": True,
+    }
+    options: dict[str, Any] = {"num_warps": shape.num_warps, "launch_pdl": True}
+    if isinstance(shape, GemvShape):
+        kernel = head.lm_head_gemv_kernel
+        num_groups = -(-in_features // (shape.block_k * shape.chunks))
+        constants |= {"CHUNKS": shape.chunks, "NUM_GROUPS": num_groups}
+    else:
+        kernel = head.lm_head_matmul_kernel
+        constants["BLOCK_M"] = 16
+        options["num_stages"] = shape.num_stages
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"id_ptr": "*i32", "value_ptr": "*fp32"}
+    types |= {"x_ptr": "*bf16", "weight_ptr": "*bf16", "temperature_ptr": "*fp32"}
+    types |= {"seeds_ptr": "*i64", "positions_ptr": "*i64"}
+    compiled = compile_kernel(kernel, types, constants, **options)
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "types", "constants"),
     [

@@ -2,7 +2,7 @@
 
 Where some row filters, the smallest logit is found that min_p, top_k and top_p leave, see
 `threshold_search`. Then the kernels of `bounded_draw` draw. Without noise `_best_kernel` splits
-each row's vocabulary into tiles and takes the best of each; `_combine_kernel` takes the best tile.
+each row's vocabulary into tiles and takes the best of each; `combine_kernel` takes the best tile.
 Equal values go to the lowest id everywhere. A row's token depends on that row alone.
 """
 
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from nbllm_kernels.gpu.bounded_draw import bound_kernel, settle_kernel
 from nbllm_kernels.gpu.scaled_logits import scaled_logits
@@ -48,13 +49,17 @@ def _best_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     value_ptr: tl.tensor,  # [N, num_tiles] float32
     id_ptr: tl.tensor,  # [N, num_tiles] int32
     token_ptr: tl.tensor,  # [N] int64
     NUM_TILES: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ) -> None:
+    """The best tile's id of each row; `value_ptr` holds plus infinity for a tile that is bad."""
+    if LAUNCH_PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, PADDED_TILES)
     value = tl.load(value_ptr + row * NUM_TILES + tile, mask=tile < NUM_TILES, other=float("-inf"))
@@ -98,13 +103,14 @@ def _take_best(logits: Tensor, tokens: Tensor, num_tiles: int) -> None:
         num_warps=4,
         enable_fp_fusion=True,
     )
-    _combine_kernel[(num_rows,)](
+    combine_kernel[(num_rows,)](
         values,
         ids,
         tokens,
         NUM_TILES=num_tiles,
         PADDED_TILES=triton.next_power_of_2(num_tiles),
         num_warps=1,
+        LAUNCH_PDL=False,
         enable_fp_fusion=True,
     )
 

@@ -45,7 +45,7 @@ def _add_bias(
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     weight_row_ptr: tl.tensor,  # [BLOCK_N, 1, 1]
     row_mask: tl.tensor,
     group: tl.tensor,
@@ -65,7 +65,7 @@ def _load_tile(
 
 
 @triton.jit
-def _load_vector(
+def load_vector(
     vector_ptr: tl.tensor,
     size: tl.tensor,
     group: tl.tensor,
@@ -132,9 +132,9 @@ def gemv_kernel(
     rows = _weight_rows(OUT_FEATURES, BLOCK_N, ACTIVATION != "none")
     weight_row_ptr = weight_ptr + (rows.to(tl.int64) * stride_weight_row)[:, None, None]
     row_mask = (rows < OUT_FEATURES)[:, None, None]
-    w = _load_tile(weight_row_ptr, row_mask, 0, IN_FEATURES, CHUNKS, BLOCK_K)
+    w = load_tile(weight_row_ptr, row_mask, 0, IN_FEATURES, CHUNKS, BLOCK_K)
     if HAS_NORM:
-        g = _load_vector(norm_weight_ptr, IN_FEATURES, 0, CHUNKS, BLOCK_K)
+        g = load_vector(norm_weight_ptr, IN_FEATURES, 0, CHUNKS, BLOCK_K)
     if LAUNCH_PDL:
         if TRIGGER_EARLY:
             gdc_launch_dependents()
@@ -150,17 +150,17 @@ def gemv_kernel(
         residual = rows
         if HAS_RESIDUAL:
             residual = tl.load(out_row_ptr + rows, mask=rows < num_columns, other=0.0)
-        x = _load_vector(x_row_ptr, x_size, 0, CHUNKS, BLOCK_K)
+        x = load_vector(x_row_ptr, x_size, 0, CHUNKS, BLOCK_K)
         square = x * x
         if HAS_NORM:
             x = x * (g + weight_offset)
         acc = tl.sum(w.to(tl.float32) * x[None, :, :], axis=1)  # [BLOCK_N, BLOCK_K]
         for group in range(1, NUM_GROUPS):
-            w = _load_tile(weight_row_ptr, row_mask, group, IN_FEATURES, CHUNKS, BLOCK_K)
-            x = _load_vector(x_row_ptr, x_size, group, CHUNKS, BLOCK_K)
+            w = load_tile(weight_row_ptr, row_mask, group, IN_FEATURES, CHUNKS, BLOCK_K)
+            x = load_vector(x_row_ptr, x_size, group, CHUNKS, BLOCK_K)
             square += x * x
             if HAS_NORM:
-                g = _load_vector(norm_weight_ptr, IN_FEATURES, group, CHUNKS, BLOCK_K)
+                g = load_vector(norm_weight_ptr, IN_FEATURES, group, CHUNKS, BLOCK_K)
                 x = x * (g + weight_offset)
             acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=1)
         y = tl.sum(acc, axis=1)

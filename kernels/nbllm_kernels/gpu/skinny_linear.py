@@ -158,7 +158,7 @@ def skinny_linear(
     Raises:
         ValueError: shapes, dtypes or strides don't fit.
     """
-    _check(x, weight, bias, norm, residual, activation)
+    check_product(x, weight, bias, norm, residual, activation)
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
     width = out_features if activation == "none" else out_features // 2
@@ -235,14 +235,15 @@ def _launch_matmul(
     )
 
 
-def _check(
+def check_product(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    norm: Norm | None,
-    residual: Tensor | None,
-    activation: str,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
 ) -> None:
+    """Raise ValueError unless these are arguments of `skinny_linear`."""
     require_float("x", x, 2)
     require_float("weight", weight, 2)
     require_like("weight", weight, x)
