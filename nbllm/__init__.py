@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LLM": "nbllm.llm",
     "SamplingParams": "nbllm.sampling_params",
+    "PoolingParams": "nbllm.pooling_params",
     "BeamSearchParams": "nbllm.sampling_params",
     "RepetitionDetectionParams": "nbllm.sampling_params",
     "RequestOutputKind": "nbllm.sampling_params",
@@ -34,6 +35,8 @@ _EXPORTS = {
     "CompletionOutput": "nbllm.outputs",
     "Logprob": "nbllm.outputs",
     "BeamSearchOutput": "nbllm.outputs",
+    "EmbeddingOutput": "nbllm.outputs",
+    "EmbeddingRequestOutput": "nbllm.outputs",
     "NbllmError": "nbllm.errors",
     "InvalidRequestError": "nbllm.errors",
     "PromptTooLongError": "nbllm.errors",
@@ -41,6 +44,7 @@ _EXPORTS = {
     "OutOfMemoryError": "nbllm.errors",
     "MissingCompilerError": "nbllm.errors",
     "RequestFailedError": "nbllm.errors",
+    "JournalError": "nbllm.errors",
     "EngineClosedError": "nbllm.errors",
     "EngineDeadError": "nbllm.errors",
     "Interrupted": "nbllm.errors",
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
         EngineDeadError,
         Interrupted,
         InvalidRequestError,
+        JournalError,
         MissingCompilerError,
         ModelLoadError,
         NbllmError,
@@ -70,7 +75,15 @@ if TYPE_CHECKING:
     from nbllm.inputs import TextPrompt, TokensPrompt
     from nbllm.llm import LLM
     from nbllm.nested_asyncio import allow_nested_asyncio
-    from nbllm.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
+    from nbllm.outputs import (
+        BeamSearchOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestOutput,
+    )
+    from nbllm.pooling_params import PoolingParams
     from nbllm.sampling_params import (
         BeamSearchParams,
         RepetitionDetectionParams,

@@ -169,6 +169,11 @@ class ModelConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # None: the layer has no positions
 
     @property
+    def output_size(self) -> int:
+        """Width of the hidden states that the head sees; some OPT have narrower ones there."""
+        return int(self.raw.get("word_embed_proj_dim") or self.hidden_size)
+
+    @property
     def max_context_len(self) -> int:
         """Tokens of prompt and output that the model can take.
 

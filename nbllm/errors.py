@@ -7,6 +7,7 @@ NbllmError
 ├── OutOfMemoryError (MemoryError)        the configuration does not fit; says what to lower
 ├── MissingCompilerError                  GPU kernels can't be built on this machine
 ├── RequestFailedError                    a step of the engine failed while it ran this request
+├── JournalError                          a job's journal can't be read or written
 ├── EngineClosedError                     `LLM.close()` was called
 └── EngineDeadError                       the engine can't go on; `__cause__` says why
 
@@ -54,7 +55,19 @@ class MissingCompilerError(NbllmError):
 
 
 class RequestFailedError(NbllmError):
-    """The engine hit an exception in a step of this request; `__cause__` is that exception."""
+    """The engine hit an exception in a step of this request; `__cause__` is that exception.
+
+    Attributes:
+        parameter: what the request asked for, if it is that which could not go on, or None.
+    """
+
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class JournalError(NbllmError):
+    """A job's journal on disk can't be read or written; the rows in it are safe."""
 
 
 class EngineClosedError(NbllmError):

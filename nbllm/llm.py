@@ -8,31 +8,28 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nbllm.beam_search import beam_search
 from nbllm.config import EngineConfig, ModelConfig
+from nbllm.embedder import Embedder
+from nbllm.embedding_call import EmbeddingCall
 from nbllm.engine.engine_thread import EngineThread
 from nbllm.engine.loading import LoadedEngine, load_engine
+from nbllm.engine_call import make_rows, raise_errors
 from nbllm.errors import Interrupted, InvalidRequestError
-from nbllm.generation_call import GenerationCall, Row, check_outputs, make_rows, raise_errors
+from nbllm.generation_call import GenerationCall, Row, check_outputs
 from nbllm.hub import resolve_model
-from nbllm.inputs import (
-    EncodedPrompt,
-    Prompt,
-    RenderedChat,
-    RequestFactory,
-    encode_prompts,
-    is_single_prompt,
-)
+from nbllm.inputs import EncodedPrompt, Prompt, RenderedChat, as_rows, encode_prompts
+from nbllm.model_identity import model_identity
 from nbllm.notebook_cell import NotebookCell, current_cell
 from nbllm.output_processor import make_stop_checker
 from nbllm.outputs import BeamSearchOutput, RequestOutput
-from nbllm.progress import progress_bar
+from nbllm.pooling_params import PoolingParams
+from nbllm.request_factory import RequestFactory
 from nbllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nbllm.structured.constraint import GrammarCompiler
 from nbllm.tokenizer import Tokenizer
@@ -46,7 +43,7 @@ _live: weakref.WeakValueDictionary[int, LLM] = weakref.WeakValueDictionary()
 _numbers = count()  # of the LLMs, in the order in which they were made
 
 
-class LLM:
+class LLM(Embedder):
     """Loads a model and generates text with it, many requests at once.
 
     All methods may be called from any thread, and all calls share one continuous batch. A notebook
@@ -116,6 +113,7 @@ class LLM:
                     tokenizer, revision=tokenizer_revision, load_format="tokenizer", **source
                 )
             self._tokenizer = Tokenizer.from_folder(tokenizer_folder)
+        self._folder, self._load_format = folder, load_format
         loaded = load_engine(folder, config, load_format=load_format)
         self._start(loaded, "nbllm-demo" if model is None else str(model), chat_template)
 
@@ -174,18 +172,12 @@ class LLM:
         """
         outputs: list[RequestOutput | None] = []
         try:
-            is_single = is_single_prompt(prompts)
-            rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
+            rows, is_single = as_rows(prompts)
             outputs += [None] * len(rows)
-            shown = use_tqdm if len(rows) > 1 else False
-            with (
-                closing(progress_bar(len(rows), "Generating", enabled=shown, unit="prompt")) as bar,
-                self._call(self._rows(rows, sampling_params, priority)) as call,
-            ):
-                call.run(outputs.__setitem__, bar)
-            return check_outputs(
-                cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
-            )
+            call = self._call(self._rows(rows, sampling_params, priority))
+            call.fill(outputs, "Generating", use_tqdm)
+            finished = cast("list[RequestOutput]", outputs)
+            return check_outputs(finished, is_single, self.config.max_model_len)
         except KeyboardInterrupt:
             raise Interrupted(partial=outputs) from None  # in what line is of no interest
 
@@ -226,20 +218,12 @@ class LLM:
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """`generate` for any event loop; cancelling the task aborts the requests."""
-        is_single = is_single_prompt(prompts)
-        rows = [prompts] if is_single else list(cast("Sequence[Prompt]", prompts))
-        outputs: list[RequestOutput | None] = [None] * len(rows)
+        rows, is_single = as_rows(prompts)
+        outputs: list[Any] = [None] * len(rows)
         with self._call(self._rows(rows, sampling_params, priority)) as call:
-            for index, output in call.submit():
+            async for index, output in call.aresults():
                 outputs[index] = output
-            while call.is_waiting:
-                for index, output in call.absorb(await call.stream.take_async()):
-                    outputs[index] = output
-                for index, output in call.submit():
-                    outputs[index] = output
-        return check_outputs(
-            cast("list[RequestOutput]", outputs), is_single, self.config.max_model_len
-        )
+        return check_outputs(outputs, is_single, self.config.max_model_len)
 
     async def astream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -334,8 +318,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The `beam_width` most probable continuations of each prompt, best first."""
-        rows = [prompts] if is_single_prompt(prompts) else list(prompts)
-        return [beam_search(self, cast("Prompt", prompt), params) for prompt in rows]
+        return [beam_search(self, prompt, params) for prompt in as_rows(prompts)[0]]
 
     def serve(self, **options: Any) -> Server:
         """Serve OpenAI's API over this `LLM` from a thread; see `nbllm.server.serve.serve`.
@@ -344,6 +327,8 @@ class LLM:
         """
         from nbllm.server.serve import serve
 
+        if self._thread.error is not None:
+            raise self._thread.error
         server = serve(self, **options)
         self._servers.add(server)
         return server
@@ -361,6 +346,12 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's `generation_config.json` recommends."""
         return SamplingParams.from_generation_config(self.model_config.generation_config)
+
+    @cached_property
+    def identity(self) -> str:
+        """Stands for all that decides a text beside the request, see `model_identity`."""
+        kind, dtype = self.config.device.split(":")[0], str(self.config.dtype)
+        return model_identity(self._folder, kind, dtype, self._load_format)
 
     def get_metrics(self) -> dict[str, float | int]:
         """Counters and gauges of the engine, under vLLM's names."""
@@ -401,18 +392,26 @@ class LLM:
         rows: Iterable[Row],
         output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
     ) -> GenerationCall:
+        return GenerationCall(
+            rows, tokenizer=self._tokenizer, output_kind=output_kind, **self._engine()
+        )
+
+    def _embedding_call(
+        self, rows: Iterable[tuple[object, PoolingParams, int]], max_prompt_tokens: int | None
+    ) -> EmbeddingCall:
+        return EmbeddingCall(rows, max_prompt_tokens=max_prompt_tokens, **self._engine())
+
+    def _engine(self) -> dict[str, Any]:
+        """What every call works with; raises if the engine takes no more."""
         if self._thread.error is not None:
             raise self._thread.error
         assert self.config.max_num_seqs is not None
-        return GenerationCall(
-            rows,
-            encode=self._encode,
-            factory=self._factory,
-            thread=self._thread,
-            tokenizer=self._tokenizer,
-            max_in_flight=max(4 * self.config.max_num_seqs, 512),
-            output_kind=output_kind,
-        )
+        return {
+            "encode": self._encode,
+            "factory": self._factory,
+            "thread": self._thread,
+            "max_in_flight": max(4 * self.config.max_num_seqs, 512),
+        }
 
     def _rows(
         self,

@@ -127,6 +127,48 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of one prompt.
+
+    Attributes:
+        embedding: one number per dimension; none if the request failed.
+    """
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Dimensions of the vector."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """The answer of `LLM.embed` to one prompt.
+
+    Attributes:
+        request_id: unique within the `LLM`.
+        outputs: the vector.
+        prompt_token_ids: the prompt as the model saw it.
+        finished: True.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        prompt: (addition) the prompt's text, or None if token ids were given, or if it was cut.
+        metrics: (addition) times of this request.
+        error: (addition) why this request failed, or None. The other requests of the same call are
+            not affected.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    prompt: str | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
 class BeamSearchSequence:
     """One beam: prompt and continuation together, as vLLM reports it.
 

@@ -20,6 +20,7 @@ from nbllm.checks import check_bias, check_bool, check_float, check_ids, check_i
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy
 _MIN_TEMPERATURE = 0.01  # smaller ones would overflow the division
 _MAX_N = 16384
+_MOST = 1e6  # beyond, and below its inverse, 32 bits make infinities of some models' logits
 _MAX_LOGPROB_TOKEN_IDS = 128
 
 
@@ -97,8 +98,8 @@ class SamplingParams:
         n: continuations per prompt.
         presence_penalty: subtracted from the logit of every id in the output, in [-2, 2].
         frequency_penalty: subtracted once per occurrence in the output, in [-2, 2].
-        repetition_penalty: > 0; above 1 discourages ids of prompt and output.
-        temperature: >= 0; 0 is greedy.
+        repetition_penalty: 1e-6 to 1e6; above 1 discourages ids of prompt and output.
+        temperature: 0 to 1e6; 0 is greedy.
         top_p: in (0, 1]; sample from the smallest set of ids that has this probability.
         top_k: sample from the k most likely ids; 0 or -1 is all.
         min_p: in [0, 1]; drop ids less likely than this share of the most likely one.
@@ -283,9 +284,8 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             check_float(name, getattr(self, name), minimum=-2.0, maximum=2.0)
-        if check_float("repetition_penalty", self.repetition_penalty) <= 0.0:
-            fail("repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
-        check_float("temperature", self.temperature, minimum=0.0)
+        check_float("repetition_penalty", self.repetition_penalty, minimum=1 / _MOST, maximum=_MOST)
+        check_float("temperature", self.temperature, minimum=0.0, maximum=_MOST)
         if _GREEDY_BELOW <= self.temperature < _MIN_TEMPERATURE:
             warnings.warn(
                 f"temperature {self.temperature} is raised to {_MIN_TEMPERATURE}: smaller ones "

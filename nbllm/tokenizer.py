@@ -7,6 +7,7 @@ of a second; `transformers` is imported only for folders that have older files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ class Tokenizer:
         self.is_byte_level = type(fast.decoder).__name__ == "ByteLevel"
         added = fast.get_added_tokens_decoder()
         self.all_special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @cached_property
+    def max_token_chars(self) -> int | None:
+        """Characters of a text that one token may stand for, at most; None if nobody knows."""
+        if not self.is_byte_level:
+            return None
+        # A byte each, and no character has less; twice that for what a normalizer composes.
+        return 2 * max(map(len, self.backend.get_vocab()))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:

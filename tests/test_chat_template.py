@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nbllm import InvalidRequestError
+from nbllm import InvalidRequestError, chat_template
 from nbllm.chat_template import render_chat_template
 
 # Templates in the styles of well-known families.
@@ -148,7 +148,62 @@ LISTS = """{%- set ns = namespace(lines=[], count=0) %}
 {{- messages | map(attribute='role') | unique | list }} {{ {'a': 1, 'b': (1, 2.5)} }}
 {{- range(3) | sum }}{{ 'a' * 3 }}{{ "a\\nb" | indent(2) }}{{ 'x'.replace('x', 'y') | upper }}"""
 
+DEEPSEEK = """{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}
+{%- endif %}{% set ns = namespace(is_first=false, is_tool=false, system='') %}
+{%- for message in messages %}{%- if message['role'] == 'system' %}
+{%- set ns.system = ns.system + message['content'] %}{%- endif %}{%- endfor %}
+{{- bos_token }}{{ ns.system }}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}
+{{'<|User|>' + message['content']}}
+{%- elif message['role'] == 'assistant' and message['tool_calls'] is defined %}
+{%- set ns.is_tool = false -%}{%- for tool in message['tool_calls'] %}
+{%- if not ns.is_first %}{{'<|Assistant|>'}}{%- set ns.is_first = true -%}{%- endif %}
+{{'<|call|>' + tool['type'] + '<|sep|>' + tool['function']['name'] + '\\n```json\\n'}}
+{{- tool['function']['arguments'] }}{%- endfor %}
+{%- elif message['role'] == 'assistant' and message['content'] is not none %}
+{%- if ns.is_tool %}{{'<|outputs|>' + message['content']}}{%- set ns.is_tool = false -%}
+{%- else %}{{'<|Assistant|>' + message['content'].split('</think>')[-1] + eos_token}}{%- endif %}
+{%- elif message['role'] == 'tool' %}{%- set ns.is_tool = true -%}
+{{'<|output|>' + message['content']}}{%- endif %}
+{%- endfor -%}
+{% if add_generation_prompt and not ns.is_tool %}{{'<|Assistant|><think>\\n'}}{% endif %}"""
+PHI = """{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message
+and message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['tools'] }}
+{% else %}{{ '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' }}{% endif %}
+{% endfor %}{{ '<|assistant|>' if add_generation_prompt else eos_token }}"""
+VICUNA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
+{% set system = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}
+{% set system = 'A chat between a user and an assistant.' %}{% endif %}
+{% for message in loop_messages %}{% if loop.index0 == 0 %}{{ system ~ ' ' }}{% endif %}
+{% if message['role'] == 'user' %}{{ 'USER: ' ~ message['content'] | trim ~ ' ' }}
+{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'].strip() ~ '' }}
+{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+COMMAND = """{%- macro document(d) -%}{%- for key, value in d | items -%}
+{{ key | title }}: {{ value | string | truncate(40) }}{{ "\\n" }}{%- endfor -%}{%- endmacro -%}
+{{ bos_token }}{%- set names = [] -%}
+{%- if tools -%}<|SYSTEM|>{% for tool in tools -%}
+{%- set types = {"string": "str", "object": "dict"} -%}
+{%- set p = tool.function.parameters -%}
+def {{ tool.function.name }}({% for name, field in p.properties.items() | sort -%}
+{{ name }}: {{ types[field.type] | default("Any", true) }}{{ ", " if not loop.last }}
+{%- endfor %}) -> {{ types.get(p.type) }}: {{ tool.function.description | lower | wordcount }}
+{% endfor %}{%- endif -%}
+{%- for message in messages if message.role != "system" -%}
+{%- filter replace("\\n\\n", "\\n") -%}
+<|{{ message.role | upper }}|>{{ message.content | default("", true) }}
+{%- if message.tool_calls %}{{ message.tool_calls[0] | tojson(indent=2) }}{% endif %}
+{%- endfilter -%}
+{%- endfor -%}{%- if documents %}{% for d in documents %}{{ document(d) }}{% endfor %}{% endif -%}
+{{ messages | groupby("role") | map(attribute=0) | join(",") }}
+{{- "<|CHATBOT|>" if add_generation_prompt else "" }}"""
+
 STYLES = {
+    "deepseek": DEEPSEEK,
+    "phi": PHI,
+    "vicuna": VICUNA,
+    "command": COMMAND,
     "chatml": CHATML,
     "llama 2": LLAMA_2,
     "llama 3": LLAMA_3,
@@ -237,6 +292,19 @@ def test_a_template_gives_what_transformers_gives(
             assert text == expected, (tools is None, options)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_shows_a_question_and_most_show_tools(style: str) -> None:
+    options: dict[str, Any] = {"add_generation_prompt": True, "variables": SPECIAL}
+    for name in ("one question", "tool round trip"):
+        messages = CONVERSATIONS[name]
+        if name == "tool round trip" and style in ("llama 2", "vicuna"):
+            with pytest.raises(InvalidRequestError, match=r"[Rr]oles"):
+                render_chat_template(STYLES[style], messages, tools=TOOLS, **options)
+        else:
+            text = render_chat_template(STYLES[style], messages, tools=TOOLS, **options)
+            assert messages[0]["content"] in text
+
+
 def render(template: str, messages: Any = None) -> str:
     messages = messages or [{"role": "user", "content": "x" * 50}]
     return render_chat_template(template, messages, add_generation_prompt=True)
@@ -307,8 +375,13 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_stopped_in_time_and_space(name: str) -> None:
+def test_a_hostile_template_is_stopped_in_time_and_space(
+    name: str, is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_short:  # less than what users may take
+        monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     with pytest.raises(InvalidRequestError) as caught:

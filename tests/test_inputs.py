@@ -9,8 +9,9 @@ import pytest
 
 from nbllm import InvalidRequestError, PromptTooLongError, SamplingParams
 from nbllm.config import EngineConfig
-from nbllm.inputs import EncodedPrompt, RequestFactory, encode_prompts, is_single_prompt
+from nbllm.inputs import EncodedPrompt, encode_prompts, is_single_prompt
 from nbllm.model_config import parse_model_config
+from nbllm.request_factory import RequestFactory
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -12,19 +13,18 @@ if TYPE_CHECKING:
     from nbllm.llm import LLM
 
 _PACKAGES = ("nbllm", "torch", "triton", "transformers")
+_SERVER_PACKAGES = ("fastapi", "uvicorn", "h11", "httptools", "uvloop")
 
 
 def table(result: dict[str, Any]) -> str:
     """The result of a run as Markdown."""
-    versions = ", ".join(
-        f"{name} {number}" for name, number in result["versions"].items() if number
-    )
     ceilings = result["ceilings"]
     lines = [
         f"{result['model']}, {result['dtype']}, temperature {result['temperature']:g}, on "
         f"{result['device']} (reads {ceilings['read_gb_per_s']:,.0f} GB/s, multiplies "
         f"{ceilings['matmul_tflop_per_s']:,.1f} TFLOP/s); import to first token "
-        f"{result['import_to_first_token_s']:.1f} s; commit {result['commit']}, {versions}",
+        f"{result['import_to_first_token_s']:.1f} s; commit {result['commit']}, "
+        f"{_listed(result['versions'])}",
         "",
         "| Workload | Measured | Of the roofline | First token of a row, median | Check |",
         "|---|---|---|---|---|",
@@ -64,9 +64,66 @@ def environment(llm: LLM) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "dtype": llm.config.dtype,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        **_software(_PACKAGES),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, versions and commit of a run that has no engine in this process."""
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), **_software(_PACKAGES + _SERVER_PACKAGES)}
+
+
+def serve_table(result: dict[str, Any]) -> str:
+    """The result of `nbllm bench --serve` as Markdown."""
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['endpoint']}, {result['max_tokens']} "
+        f"tokens each, on {result['cpu']}, {result['cores']} cores, device {result['device']}; "
+        f"commit {result['commit']}, {_listed(result['versions'])}",
+        "",
+        "| Server | Streams at a time, in all | Tokens/s | First text, p50 and p99 | Between two "
+        "pieces | CPU per token: process, of it the server | Client | Errors, wrong texts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_serve_row(run) for run in result["serve"]]
+    if "ratio" in result:
+        ratio = result["ratio"]
+        own = "unknown" if ratio["server"] is None else f"{ratio['server']:.2f}"
+        lines += [
+            "",
+            f"nbllm over its peer, CPU time per token with as many streams at a time: {own} for "
+            f"the server without the model, {ratio['process']:.2f} for the process",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _serve_row(run: dict[str, Any]) -> str:
+    cpu = run["cpu_us_per_token"]
+    own = "unknown" if cpu["server"] is None else f"{cpu['server']:,.0f} us"
+    failures = f"{run['errors']}, {run['wrong_texts']}"
+    if run["first_error"] is not None:
+        failures += f": {run['first_error']:.60}".replace("|", "/")
+    return (
+        f"| {run['server']} | {run['concurrency']:,}, {run['requests']:,} "
+        f"| {run['tokens_per_s']:,.0f} | {_ms(run['ttft_s'])} | {_ms(run['inter_token_s'])} "
+        f"| {cpu['process']:,.0f} us, {own} | {cpu['client']:,.0f} us | {failures} |"
+    )
+
+
+def _ms(spread: dict[str, float | None]) -> str:
+    if spread["p50"] is None or spread["p99"] is None:
+        return "none"
+    return f"{spread['p50'] * 1e3:,.1f} ms, {spread['p99'] * 1e3:,.1f} ms"
+
+
+def _software(packages: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
         "commit": _commit(),
     }
+
+
+def _listed(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items() if number)
 
 
 def _cpu_name() -> str:

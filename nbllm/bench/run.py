@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbllm.bench.measure import check_alone, generate, greedy_outputs, time_workload
 from nbllm.bench.report import environment, table
+from nbllm.bench.serve_bench import add_serve_arguments, check_serve_arguments, run_serve
 from nbllm.bench.workloads import SHAPES, WORKLOADS, Workload, make_workload, write_config
 from nbllm.errors import InvalidRequestError
 
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time another engine on the same weights, too; may be given twice. transformers "
         "checks our tokens as well",
     )
+    add_serve_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         0, or 1 if a check of the tokens failed.
+
+    Raises:
+        InvalidRequestError: options that do not go together.
+        NbllmError: the model can't be loaded, or a server ended.
     """
+    check_serve_arguments(arguments)
+    if arguments.serve:
+        return run_serve(arguments, _engine_options(arguments))
     if arguments.peer and arguments.temperature:
         raise InvalidRequestError("peers are timed without sampling", parameter="temperature")
     with ExitStack() as stack:

@@ -41,7 +41,7 @@ class StepInput:
     Attributes:
         buffers: its numbers.
         attention: metadata of the attention kernels, on the same buffers.
-        sampled: the requests whose last token is in this step, in batch order.
+        sampled: the requests that get a token in this step, in batch order.
     """
 
     buffers: StepBuffers
@@ -186,7 +186,11 @@ class Batch:
         token_ids = array("I")
         for item in scheduled[output.num_decodes :]:
             token_ids += item.request.token_ids[item.start : item.first_position]
-        sampled = [i for i, item in enumerate(scheduled) if item.num_sampled_tokens]
+        sampled = [
+            place
+            for place, item in enumerate(scheduled)
+            if item.num_sampled_tokens and item.request.pooling_params is None
+        ]
         has_prompt_lens = self.needs_prompt_lens and not output.only_decodes
         prompt_lens: list[int] = []
         if has_prompt_lens:

@@ -45,6 +45,7 @@ class _Bucket:
     inputs: DecodeInputs
     metadata: AttentionMetadata
     cascade: Cascade | None
+    hidden: Tensor | None = None
     logprobs: LogprobTensors | None = None
     kind: SamplingKind = field(default_factory=SamplingKind)
     filled_for: tuple[int, list[int]] | None = None
@@ -85,12 +86,8 @@ class DecodeLoop:
             reported of the tokens.
         """
         scheduled = output.scheduled
-        bucket = self._find_bucket(len(scheduled))
-        self._fill(bucket, scheduled)
+        bucket, metadata = self._prepare(scheduled)
         kind = bucket.kind
-        metadata = bucket.metadata
-        if bucket.cascade is not None and bucket.cascade.is_filled:
-            metadata = bucket.cascade.metadata
         if kind.any_logprob and bucket.logprobs is None:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.rows), self._batch.vocab_size, self._batch.device
@@ -100,6 +97,26 @@ class DecodeLoop:
             self._graphs.run(key, lambda: self._step(bucket, metadata, kind))
         report = captured_report(bucket.logprobs, scheduled) if kind.any_logprob else None
         return bucket.rows[: len(scheduled)], report
+
+    def forward(self, output: SchedulerOutput) -> tuple[Tensor, Tensor]:
+        """Enqueue a step as far as its logits are the host's business.
+
+        Returns:
+            the rows, as `run` does, and the hidden states of each, [len(output.scheduled),
+            hidden_size], until the next call.
+        """
+        bucket, metadata = self._prepare(output.scheduled)
+
+        def work() -> None:
+            hidden = self._forward(bucket, metadata)
+            if bucket.hidden is None:  # the first run of a key is not captured
+                bucket.hidden = torch.empty_like(hidden)
+            bucket.hidden.copy_(hidden)
+
+        self._graphs.run(("decode", len(bucket.rows), None, metadata is bucket.metadata), work)
+        assert bucket.hidden is not None
+        num_rows = len(output.scheduled)
+        return bucket.rows[:num_rows], bucket.hidden[:num_rows]
 
     def rehearse(self, num_rows: int, *, shares_prefix: bool = False) -> None:
         """Run a step of nobody: it reads weights and tables and changes nothing.
@@ -116,12 +133,25 @@ class DecodeLoop:
         self._step(bucket, metadata, SamplingKind())
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
+        hidden = self._forward(bucket, metadata)
+        params = kind.tensors(bucket.inputs, bucket.inputs.next_positions)
+        choose(self._model, hidden, bucket.rows, params, kind, self._batch, bucket.logprobs)
+
+    def _forward(self, bucket: _Bucket, metadata: AttentionMetadata) -> Tensor:
         state, inputs = self._batch.state, bucket.inputs
         metadata.scratch.clear()
         decode_inputs(state, bucket.rows, inputs, block_size=self._batch.block_size)
+        hidden: Tensor
         hidden = self._model(inputs.input_ids, inputs.positions, self._kv_caches, metadata)
-        params = kind.tensors(inputs, inputs.next_positions)
-        choose(self._model, hidden, bucket.rows, params, kind, self._batch, bucket.logprobs)
+        return hidden
+
+    def _prepare(self, scheduled: Sequence[ScheduledRequest]) -> tuple[_Bucket, AttentionMetadata]:
+        """Filled buffers, and how they are attended."""
+        bucket = self._find_bucket(len(scheduled))
+        self._fill(bucket, scheduled)
+        if bucket.cascade is not None and bucket.cascade.is_filled:
+            return bucket, bucket.cascade.metadata
+        return bucket, bucket.metadata
 
     def _fill(self, bucket: _Bucket, scheduled: Sequence[ScheduledRequest]) -> None:
         """Send the rows, and what they share, unless they are the ones of the last time."""

@@ -22,8 +22,11 @@ from nbllm.engine.request import FinishReason, Request
 from nbllm.engine.scheduler import Scheduler
 from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.errors import EngineDeadError, RequestFailedError
+from nbllm.histogram import Histogram
 
 logger = logging.getLogger(__name__)
+
+_STEP_TOKENS = (1, *(2**power for power in range(3, 17)))  # vLLM's ranges, and two more
 
 
 class Engine:
@@ -56,6 +59,7 @@ class Engine:
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.step_tokens = Histogram(_STEP_TOKENS)
         self.finished_counts = dict.fromkeys(FinishReason, 0)
 
     @property
@@ -134,9 +138,14 @@ class Engine:
             "num_preemptions": self.scheduler.num_preemptions,
             "prefix_cache_queries": blocks.num_prefix_queries,
             "prefix_cache_hits": blocks.num_prefix_hits,
-            "prompt_tokens": self.num_prompt_tokens,
+            "num_requests_waiting_by_reason_capacity": self.scheduler.num_waiting,
+            "prompt_tokens": self.num_prompt_tokens + blocks.num_prefix_hits,
+            "prompt_tokens_cached": blocks.num_prefix_hits,
+            "prompt_tokens_by_source_local_compute": self.num_prompt_tokens,
+            "prompt_tokens_by_source_local_cache_hit": blocks.num_prefix_hits,
             "generation_tokens": self.num_generated_tokens,
             "num_steps": self.num_steps,
+            **self.step_tokens.flat("iteration_tokens_total"),
             **{
                 f"request_success_{reason.value}": count
                 for reason, count in self.finished_counts.items()
@@ -174,12 +183,18 @@ class Engine:
         for request, entry in result.logprobs.items():
             request.logprobs.append(entry)
             request.cumulative_logprob += next(iter(entry.values())).logprob
+        for request, embedding in result.embeddings.items():
+            request.embedding = embedding
+            self.scheduler.finish(request, FinishReason.STOP)
+        num_tokens = output.num_decodes
         for item in output.scheduled[output.num_decodes :]:
             remaining = item.request.num_prompt_tokens - item.start
             self.num_prompt_tokens += min(max(remaining, 0), item.num_scheduled_tokens)
+            num_tokens += item.num_scheduled_tokens
+        self.step_tokens.observe(num_tokens, output.num_steps)
         self.scheduler.advance(output, result.sampled)
         self.num_generated_tokens += sum(map(len, result.sampled.values()))
-        changed = [*result.sampled, *result.failed]
+        changed = [*result.sampled, *result.embeddings, *result.failed]
         for request in changed:
             if request.is_finished:
                 self._retire(request)

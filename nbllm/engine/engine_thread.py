@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import queue
 import sys
 import threading
@@ -90,6 +91,7 @@ class EngineThread:
         self._streams: dict[Request, RequestStream] = {}
         self._lock = threading.Lock()  # orders commands against the end of the thread
         self._end: BaseException | None = None  # why no more commands are taken
+        self._pid = os.getpid()
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="nbllm-engine", daemon=True)
         self._thread.start()
@@ -97,12 +99,17 @@ class EngineThread:
     @property
     def error(self) -> BaseException | None:
         """EngineDeadError or EngineClosedError once the engine takes no more requests."""
+        if os.getpid() != self._pid:  # a fork copies no threads, and maybe locks that are taken
+            return EngineDeadError(
+                "this LLM belongs to the process that forked this one; start processes by 'spawn' "
+                "and make an LLM there"
+            )
         return self._end
 
     def is_healthy(self, stuck_after_s: float = 5.0) -> bool:
         """True if the engine lives and its steps make progress, not merely if a thread exists."""
         engine = self._engine
-        if self._end is not None or engine is None:
+        if self.error is not None or engine is None:
             return False
         stuck = time.monotonic() - self.last_progress > stuck_after_s
         return not (stuck and engine.has_requests)
@@ -164,6 +171,8 @@ class EngineThread:
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End all requests, free weights and KV cache, end the thread. Idempotent."""
+        if os.getpid() != self._pid:
+            return
         error = EngineClosedError("the engine is closed (LLM.close() was called); make a new LLM")
         with self._lock:
             if self._end is None:
@@ -173,6 +182,9 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     def _send(self, command: _Command) -> None:
+        error = self.error
+        if error is not None:
+            raise error
         with self._lock:
             if self._end is not None:
                 raise self._end

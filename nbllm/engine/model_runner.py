@@ -23,6 +23,7 @@ from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
 from nbllm.engine.pending_step import PendingStep, StepOutput
+from nbllm.engine.pooler import PooledStates, Pooler
 from nbllm.engine.prompt_graphs import MIN_SEQS, PromptGraphs
 from nbllm.engine.sampler import SamplingKind, draw, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
@@ -93,6 +94,7 @@ class ModelRunner:
         self.prompt_graphs = PromptGraphs(
             model, self.batch, self.kv_caches, self.graphs, model_config
         )
+        self.pooler = Pooler(self.batch)
         self.max_steps = RING if captures else 1
         self.max_launch_s = _MAX_LAUNCH_S if captures else None
         self.max_pending_steps = 2 if on_gpu else 1
@@ -103,27 +105,36 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
-        """Enqueue a step: forward, logits of the last tokens, one sampled token each.
+        """Enqueue a step: forward, logits of the last tokens, one sampled token or embedding each.
 
         Several steps may be pending; they run in their order.
         """
         launched = time.monotonic()
         with self._on_stream():
             self.batch.update([item.request for item in output.scheduled])
-            result = StepOutput()
-            if output.only_decodes and self._runs_on_device(output):
+            result, pooled = StepOutput(), None
+            if output.only_decodes and self._decodes_on_device(output):
                 sampled: Sequence[ScheduledRequest] = output.scheduled
-                rows, logprobs = self.decode_loop.run(output)
-            else:
-                if self.prompt_graphs.can_run(output):
-                    step, logprobs = self.prompt_graphs.run(output)
+                if output.shapes_logits:
+                    rows, hidden = self.decode_loop.forward(output)
+                    logprobs = self._sample(hidden, sampled, rows, result)
                 else:
+                    rows, logprobs = self.decode_loop.run(output)
+            else:
+                if not self.prompt_graphs.can_run(output):
                     step = self.batch.prepare(output)
-                    logprobs = self._run_eagerly(step, output, result)
+                    logprobs, pooled = self._run_eagerly(step, output, result)
+                elif output.shapes_logits:
+                    step, hidden = self.prompt_graphs.forward(output)
+                    logprobs = self._sample(hidden, step.sampled, step.sampled_rows, result)
+                else:
+                    step, logprobs = self.prompt_graphs.run(output)
                 sampled, rows = step.sampled, step.sampled_rows
             # A copy of the rows at this point of the stream: the next step may give them away.
             generated = self.batch.state.generated.index_select(0, rows)
-            pending = PendingStep(output, sampled, generated, logprobs, None, result, launched)
+            pending = PendingStep(
+                output, sampled, generated, logprobs, pooled, None, result, launched
+            )
             return self._pend(pending)
 
     def rehearsals(self) -> list[Callable[[], None]]:
@@ -176,18 +187,18 @@ class ModelRunner:
             for num_rows in (1, MIN_SEQS):
                 self.model.compute_logits(logits.new_zeros(num_rows, in_features))
 
-    def _runs_on_device(self, output: SchedulerOutput) -> bool:
-        """True if the host need not put tensors together to sample.
+    def _decodes_on_device(self, output: SchedulerOutput) -> bool:
+        """True if the host need not put tensors together for the forward pass.
 
         Captured steps score all rows where some report log-probabilities; without capture it is
         better to score those alone.
         """
-        return not output.shapes_logits and (self.graphs.is_enabled or not output.reports_logprobs)
+        return self.graphs.is_enabled or not (output.shapes_logits or output.reports_logprobs)
 
     def _run_eagerly(
         self, step: StepInput, output: SchedulerOutput, result: StepOutput
-    ) -> LogprobReport | None:
-        """A step of any kind; returns what is reported of the sampled tokens."""
+    ) -> tuple[LogprobReport | None, PooledStates | None]:
+        """A step of any kind; returns what is reported of the sampled tokens, and embeddings."""
         buffers = step.buffers
         if output.num_decodes:
             self.batch.fill_last_tokens(buffers)
@@ -195,7 +206,9 @@ class ModelRunner:
             buffers["input_ids"], buffers["positions"], self.kv_caches, step.attention
         )
         self._score_prompts(hidden, output, result)
-        return self._sample(hidden, step, result) if step.sampled else None
+        pooled = self.pooler.pool(hidden, output)
+        hidden = hidden[buffers["logits_indices"]]
+        return self._sample(hidden, step.sampled, step.sampled_rows, result), pooled
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -209,6 +222,8 @@ class ModelRunner:
             step.generated = _to_host(step.generated)
             if step.logprobs is not None:
                 step.logprobs.tensors = step.logprobs.tensors.map(_to_host)
+            if step.pooled is not None:
+                step.pooled.vectors = _to_host(step.pooled.vectors)
             step.event = torch.cuda.Event()
             step.event.record()
         return step
@@ -229,6 +244,7 @@ class ModelRunner:
         del self.model
         del self.decode_loop
         del self.prompt_graphs
+        del self.pooler
         self.graphs.clear()
         del self.graphs
         del self.batch
@@ -254,9 +270,26 @@ class ModelRunner:
                 for block in blocks:
                     kv_cache[:, block].zero_()
 
-    def _sample(self, hidden: Tensor, step: StepInput, result: StepOutput) -> LogprobReport | None:
-        sampled, rows = step.sampled, step.sampled_rows
-        logits = self.model.compute_logits(hidden[step.buffers["logits_indices"]]).float()
+    def _sample(
+        self,
+        hidden: Tensor,
+        sampled: Sequence[ScheduledRequest],
+        rows: Tensor,
+        result: StepOutput,
+    ) -> LogprobReport | None:
+        """A token of each row with what the host has to say of its logits.
+
+        Args:
+            hidden: [len(sampled), hidden_size].
+            sampled, rows: who, and their rows of the tables.
+            result: what failed is added.
+
+        Returns:
+            what is reported of the tokens, if some row wants that.
+        """
+        if not sampled:
+            return None
+        logits = self.model.compute_logits(hidden).float()
         reporting = [row for row, item in enumerate(sampled) if item.request.reports_logprobs]
         index = torch.tensor(reporting, device=self.device)
         raw = logits[index] if reporting else None  # a copy, before the host has its word

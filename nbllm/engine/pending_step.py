@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nbllm.engine.batch import RING
 from nbllm.engine.logprobs import LogprobReport
+from nbllm.engine.pooler import PooledStates
 from nbllm.engine.request import Request
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.errors import RequestFailedError
@@ -27,18 +28,20 @@ class StepOutput:
             up to the one that ended it.
         logprobs: log-probabilities at the sampled position, for requests that want them.
         prompt_logprobs: those of the prompt tokens that this step scored, likewise.
+        embeddings: [output_size] float32 of each request whose prompt was pooled to its end.
         failed: requests whose logits were not numbers, or that allow no token.
     """
 
     sampled: dict[Request, list[int]] = field(default_factory=dict)
     logprobs: dict[Request, PositionLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[Request, list[PositionLogprobs]] = field(default_factory=dict)
+    embeddings: dict[Request, np.ndarray] = field(default_factory=dict)
     failed: dict[Request, RequestFailedError] = field(default_factory=dict)
 
     def forget(self, request: Request) -> None:
         """Drop what is said of one request."""
-        for results in (self.sampled, self.logprobs, self.prompt_logprobs, self.failed):
-            results.pop(request, None)
+        for name in ("sampled", "logprobs", "prompt_logprobs", "embeddings", "failed"):
+            getattr(self, name).pop(request, None)
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class PendingStep:
         generated: [len(sampled), RING] int64, their rows of `DecodeState.generated` after the
             step; on its way to the host until `event`, as the next is.
         logprobs: of those of `sampled` that report them, in order.
+        pooled: the embeddings that are complete with it.
         event: None where nothing runs behind the host's back.
         result_so_far: what is known of the result already.
         launched: `time.monotonic()` before it was enqueued.
@@ -60,6 +64,7 @@ class PendingStep:
     sampled: Sequence[ScheduledRequest]
     generated: Tensor
     logprobs: LogprobReport | None
+    pooled: PooledStates | None
     event: torch.cuda.Event | None
     result_so_far: StepOutput
     launched: float
@@ -69,6 +74,8 @@ class PendingStep:
         if self.event is not None:
             self.event.synchronize()
         result = self.result_so_far
+        if self.pooled is not None:
+            self._read_embeddings(self.pooled, result)
         if not self.sampled:
             return result
         first_positions = np.array([item.first_position for item in self.sampled])
@@ -82,13 +89,26 @@ class PendingStep:
             if request in result.failed:
                 continue
             if count and row[count - 1] == BAD_LOGITS:
-                result.failed[request] = RequestFailedError(
-                    "the model computed logits that are not numbers (NaN or infinite): "
-                    "the weights are damaged, or overflow in this dtype (try dtype='float32')"
-                )
+                result.failed[request] = _not_numbers("logits")
             else:
                 result.sampled[request] = row[:count]
         if self.logprobs is not None:
             requests = [i.request for i in self.sampled if i.request.reports_logprobs]
             result.logprobs.update(zip(requests, self.logprobs.entries(), strict=True))
         return result
+
+    def _read_embeddings(self, pooled: PooledStates, result: StepOutput) -> None:
+        vectors = pooled.vectors.numpy().copy()  # the rows outlive the step, its buffers should not
+        are_numbers = np.isfinite(vectors).all(axis=1).tolist()
+        for request, vector, is_number in zip(pooled.requests, vectors, are_numbers, strict=True):
+            if is_number:
+                result.embeddings[request] = vector
+            else:
+                result.failed[request] = _not_numbers("hidden states")
+
+
+def _not_numbers(what: str) -> RequestFailedError:
+    return RequestFailedError(
+        f"the model computed {what} that are not numbers (NaN or infinite): "
+        "the weights are damaged, or overflow in this dtype (try dtype='float32')"
+    )

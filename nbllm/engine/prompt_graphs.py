@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nbllm.config import ModelConfig
@@ -60,6 +61,7 @@ class _Bucket:
     metadata: AttentionMetadata
     inputs: DecodeInputs
     cascade: Cascade | None
+    hidden: Tensor | None = None
     logprobs: LogprobTensors | None = None
 
 
@@ -90,11 +92,9 @@ class PromptGraphs:
         self._buckets: dict[_Size, _Bucket] = {}
 
     def can_run(self, output: SchedulerOutput) -> bool:
-        """True for a step that needs nothing but a token id of each sequence."""
-        return (
-            self._graphs.is_enabled
-            and not output.shapes_logits
-            and all(i.request.sampling_params.prompt_logprobs is None for i in output.scheduled)
+        """True for a step that needs nothing but the last hidden state of each sequence."""
+        return self._graphs.is_enabled and not any(
+            item.request.reads_hidden_states for item in output.scheduled
         )
 
     def run(self, output: SchedulerOutput) -> tuple[StepInput, LogprobReport | None]:
@@ -103,22 +103,33 @@ class PromptGraphs:
         Returns:
             the step, and what is reported of its tokens.
         """
-        size = self._size(output)
-        if size not in self._buckets:
-            self._buckets[size] = self._make_bucket(size)
-        bucket = self._buckets[size]
-        step = self._batch.prepare(output, bucket.buffers, size.num_decodes)
+        size, bucket, metadata, step = self._prepare(output)
         kind = SamplingKind.of(step.sampled)
         if kind.any_logprob and bucket.logprobs is None:
             bucket.logprobs = make_logprob_tensors(
                 len(bucket.inputs.seeds), self._batch.vocab_size, self._batch.device
             )
-        metadata = bucket.metadata
-        if bucket.cascade is not None:  # also if nothing is shared: half as many graphs
-            bucket.cascade.fill(self._batch, output.scheduled[: output.num_decodes])
-            metadata = bucket.cascade.metadata
         self._graphs.run(("prompt", size, kind), lambda: self._step(bucket, metadata, kind))
         return step, captured_report(bucket.logprobs, step.sampled) if kind.any_logprob else None
+
+    def forward(self, output: SchedulerOutput) -> tuple[StepInput, Tensor]:
+        """Enqueue a step as far as its logits are the host's business.
+
+        Returns:
+            the step, and the hidden states that its logits come from, [len(step.sampled),
+            hidden_size], until the next call.
+        """
+        size, bucket, metadata, step = self._prepare(output)
+
+        def work() -> None:
+            hidden = self._forward(bucket, metadata)
+            if bucket.hidden is None:  # the first run of a key is not captured
+                bucket.hidden = torch.empty_like(hidden)
+            bucket.hidden.copy_(hidden)
+
+        self._graphs.run(("prompt", size, None), work)
+        assert bucket.hidden is not None
+        return step, bucket.hidden[: len(step.sampled)]
 
     def rehearse(self, num_tokens: int) -> None:
         """Run a step of nobody: it reads weights and tables and changes nothing."""
@@ -134,15 +145,34 @@ class PromptGraphs:
         self._step(bucket, bucket.metadata, SamplingKind())
 
     def _step(self, bucket: _Bucket, metadata: AttentionMetadata, kind: SamplingKind) -> None:
-        buffers, state = bucket.buffers, self._batch.state
-        metadata.scratch.clear()
-        self._batch.fill_last_tokens(buffers)
-        hidden = self._model(buffers["input_ids"], buffers["positions"], self._kv_caches, metadata)
-        rows = buffers["sampled_rows"]
-        decode_inputs(state, rows, bucket.inputs, block_size=self._batch.block_size)
-        hidden = hidden[buffers["logits_indices"]]
+        hidden = self._forward(bucket, metadata)
+        rows = bucket.buffers["sampled_rows"]
+        decode_inputs(self._batch.state, rows, bucket.inputs, block_size=self._batch.block_size)
         params = kind.tensors(bucket.inputs, bucket.inputs.next_positions)
         choose(self._model, hidden, rows, params, kind, self._batch, bucket.logprobs)
+
+    def _forward(self, bucket: _Bucket, metadata: AttentionMetadata) -> Tensor:
+        buffers = bucket.buffers
+        metadata.scratch.clear()
+        self._batch.fill_last_tokens(buffers)
+        hidden: Tensor
+        hidden = self._model(buffers["input_ids"], buffers["positions"], self._kv_caches, metadata)
+        return hidden[buffers["logits_indices"]]
+
+    def _prepare(
+        self, output: SchedulerOutput
+    ) -> tuple[_Size, _Bucket, AttentionMetadata, StepInput]:
+        """Filled buffers, how they are attended, and what the step is."""
+        size = self._size(output)
+        if size not in self._buckets:
+            self._buckets[size] = self._make_bucket(size)
+        bucket = self._buckets[size]
+        step = self._batch.prepare(output, bucket.buffers, size.num_decodes)
+        if bucket.cascade is None:
+            return size, bucket, bucket.metadata, step
+        # Also if nothing is shared: half as many graphs.
+        bucket.cascade.fill(self._batch, output.scheduled[: output.num_decodes])
+        return size, bucket, bucket.cascade.metadata, step
 
     def _size(self, output: SchedulerOutput) -> _Size:
         num_decodes = self._num_seqs(output.num_decodes)

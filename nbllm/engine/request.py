@@ -6,8 +6,8 @@
 
 There is no prefill or decode state. `num_computed_tokens` says how many tokens have their keys
 and values in the cache; every step computes some more, and whenever it reaches the last token a new
-one is sampled. A prompt with `n` continuations is `n` requests; the first is the `leader` whose
-prompt pages the others share.
+one is sampled, or the prompt is embedded if that is wanted. A prompt with `n` continuations is `n`
+requests; the first is the `leader` whose prompt pages the others share.
 
 Steps are booked when they are scheduled, not when their result is known: the host may be ahead of
 the device. So `num_computed_tokens` includes what enqueued steps compute, and
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nbllm.errors import RequestFailedError
 from nbllm.outputs import PositionLogprobs, RequestMetrics
+from nbllm.pooling_params import PoolingParams
 from nbllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -110,9 +111,12 @@ class Request:
         constraint: what its output must follow, or None.
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
+        pooling_params: what is wanted is an embedding of the prompt; None wants tokens. It is
+            booked as if it were the one token that the request samples, but is none.
         stop_ids: token ids that end the text, `min_tokens` permitting.
         has_penalties: whether the tokens of the sequence so far change the logits.
         reports_logprobs: whether more is reported of its tokens than their ids.
+        reads_hidden_states: more is made of the prompt's hidden states than the first token.
         max_num_tokens: prompt and generated tokens together, once it ends by length.
         needs_known_tokens: the host must have seen the last token before the next is computed.
         ends_on_host: only the host can tell whether a token ends the text: every step that is run
@@ -123,6 +127,7 @@ class Request:
             have run.
         num_output_placeholders: tokens that enqueued steps sample; an end that only their values
             tell of may come before the last of them.
+        embedding: [output_size] float32, neither cut nor normalized; None until the end.
     """
 
     request_id: str
@@ -142,9 +147,11 @@ class Request:
     constraint: TokenConstraint | None = None
     stop_checker: StopChecker | None = None
     streaming: bool = False
+    pooling_params: PoolingParams | None = None
     stop_ids: list[int] = field(init=False)
     has_penalties: bool = field(init=False)
     reports_logprobs: bool = field(init=False)
+    reads_hidden_states: bool = field(init=False)
     max_num_tokens: int = field(init=False)
     needs_known_tokens: bool = field(init=False)
     ends_on_host: bool = field(init=False)
@@ -165,6 +172,7 @@ class Request:
     cumulative_logprob: float = 0.0
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    embedding: np.ndarray | None = None
     metrics: RequestMetrics = field(
         default_factory=lambda: RequestMetrics(arrival_time=time.monotonic())
     )
@@ -182,6 +190,9 @@ class Request:
         self._watch_host()
         num_logprobs = params.logprobs or 0
         self.reports_logprobs = params.logprobs is not None or params.logprob_token_ids is not None
+        self.reads_hidden_states = (
+            self.pooling_params is not None or params.prompt_logprobs is not None
+        )
         self._always_shapes_logits = (
             not 0 <= num_logprobs <= MAX_DEVICE_LOGPROBS
             or params.logprob_token_ids is not None
@@ -230,8 +241,10 @@ class Request:
 
     @property
     def may_read_prefix_cache(self) -> bool:
-        """Prompt log-probabilities need every prompt token computed."""
+        """Prompt log-probabilities and means need every prompt token computed."""
         params = self.sampling_params
+        if self.pooling_params is not None and self.pooling_params.pooling == "mean":
+            return False
         return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
 
     @property

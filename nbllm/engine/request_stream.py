@@ -15,12 +15,60 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary, ref
 
 from nbllm.engine.request import Request
 
 Progress = tuple[Request, int]
 """A request, and how many generated tokens of it may be read."""
+
+
+class _Waker:
+    """Wakes the coroutines of one event loop.
+
+    A message to a loop is a system call, after which another thread may have the interpreter: so
+    there is one for all the streams that a step has changed, not one for each.
+    """
+
+    def __init__(self) -> None:
+        # Weak, as an event has its loop, which must be free to go.
+        self._ready: deque[ref[asyncio.Event]] = deque()
+        self._is_called = False  # and the call will find what is in the queue by now
+
+    def wake(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> None:
+        """Set `ready` in its loop; from any thread."""
+        self._ready.append(ref(ready))
+        if not self._is_called:
+            self._is_called = True
+            try:
+                loop.call_soon_threadsafe(self._set_all)
+            except RuntimeError:
+                pass  # the reader's loop is closed: nobody is there to wake
+
+    def _set_all(self) -> None:
+        self._is_called = False  # before the queue is read: what is added later calls again
+        try:
+            while self._ready:
+                event = self._ready.popleft()()
+                if event is not None:
+                    event.set()
+        finally:
+            if self._ready:  # an interrupt
+                asyncio.get_running_loop().call_soon(self._set_all)
+
+
+_wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
+_wakers_lock = threading.Lock()
+
+
+def _waker_of(loop: asyncio.AbstractEventLoop) -> _Waker:
+    with _wakers_lock:
+        waker = _wakers.get(loop)
+        if waker is None:
+            waker = _wakers[loop] = _Waker()
+        return waker
 
 
 class RequestStream:
@@ -33,7 +81,7 @@ class RequestStream:
         self._lock = threading.Lock()
         self._changed: dict[Request, int] = {}
         self._wakings: queue.SimpleQueue[None] = queue.SimpleQueue()  # none or one
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiter: tuple[_Waker, asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def put(self, requests: Iterable[Request]) -> None:
         """Mark requests as changed. Never blocks for longer than a dictionary update."""
@@ -58,13 +106,15 @@ class RequestStream:
 
     async def take_async(self) -> list[Progress]:
         """The same from a coroutine of any event loop."""
+        loop = asyncio.get_running_loop()
+        waker = _waker_of(loop)
         while True:
             with self._lock:
                 if self._changed:
                     self._wakings.get()
                     break
                 ready = asyncio.Event()
-                self._waiter = (asyncio.get_running_loop(), ready)
+                self._waiter = (waker, loop, ready)
             await ready.wait()
         return self._take_now()
 
@@ -76,9 +126,6 @@ class RequestStream:
 
     def _wake_coroutine(self) -> None:
         if self._waiter is not None:
-            loop, ready = self._waiter
+            waker, loop, ready = self._waiter
             self._waiter = None
-            try:
-                loop.call_soon_threadsafe(ready.set)
-            except RuntimeError:
-                pass  # the reader's loop is closed: nobody is there to wake
+            waker.wake(loop, ready)

@@ -240,7 +240,8 @@ def _keep(mask: Tensor, rows: list[int], logits: Tensor) -> None:
 def _dead_end(name: str) -> RequestFailedError:
     return RequestFailedError(
         f"no token is left to choose: what else is asked for forbids all that {name} allows at "
-        "this place"
+        "this place",
+        parameter=name,
     )
 
 

@@ -133,7 +133,7 @@ class Scheduler:
     def finish(
         self, request: Request, reason: FinishReason, error: BaseException | None = None
     ) -> None:
-        """End a request from outside (abort or error) and give back its pages. Idempotent."""
+        """End a request otherwise than by a token, and give back its pages. Idempotent."""
         if request.is_finished:
             return
         request.error = error

@@ -16,7 +16,7 @@ class ScheduledRequest(NamedTuple):
         start: position of the first token that is computed.
         num_scheduled_tokens: how many are, from there on.
         num_sampled_tokens: how many are sampled at most: none before the last token is computed,
-            one, or one in each of several steps in a row.
+            one, or one in each of several steps in a row. An embedding counts as one.
         shapes_logits: `Request.shapes_logits`, before the step.
     """
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic.json_schema import models_json_schema
 
 from nbllm import __version__
 from nbllm.errors import InvalidRequestError
-from nbllm.server import chat, completions, responses, tokens
+from nbllm.server import chat, completions, docs, embeddings, responses, tokens
 from nbllm.server.door import Door
 from nbllm.server.errors import add_error_handlers, json_response, refusal
 from nbllm.server.metrics import ServerMetrics
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 _BODIES: dict[str, type[ServerRequest]] = {  # the routes read them themselves
     "/v1/chat/completions": chat.ChatCompletionRequest,
     "/v1/completions": completions.CompletionRequest,
+    "/v1/embeddings": embeddings.EmbeddingRequest,
     "/v1/responses": responses.ResponsesRequest,
     "/tokenize": tokens.TokenizeRequest,
     "/detokenize": tokens.DetokenizeRequest,
 }
-_SCHEMAS = "#/components/schemas/{model}"
 
 
 def make_app(
@@ -69,7 +68,7 @@ def make_app(
         llm,
         model_name,
         RequestLog(),
-        ServerMetrics(metrics_prefix, model_name),
+        ServerMetrics(metrics_prefix, model_name, llm.config),
         Parsers.choose(tool_call_parser, reasoning_parser, _chat_template(llm)),
         enable_prompt_tokens_details,
     )
@@ -82,21 +81,26 @@ def make_app(
         max_concurrent_requests=max_concurrent_requests,
         root_path=root_path,
         origins=origins,
+        observe=service.metrics.observe_http,
     )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     add_error_handlers(app)
     completions.add_routes(app, service)
     chat.add_routes(app, service)
+    embeddings.add_routes(app, service)
     responses.add_routes(app, service)
     tokens.add_routes(app, service)
     _add_state_routes(app, service, door)
+    docs.add_routes(app, _BODIES, has_key=bool(api_key))
     return door
 
 
 def _add_state_routes(app: FastAPI, service: Service, door: Door) -> None:
     llm: LLM = service.llm
+    card = _model_card(service)
 
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> Response:
         return Response(status_code=200 if llm.is_healthy() else 503)
 
@@ -117,13 +121,13 @@ def _add_state_routes(app: FastAPI, service: Service, door: Door) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [_model_card(service)]})
+        return json_response({"object": "list", "data": [card]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != service.model_name:
             return refusal(404, f"the model here is {service.model_name!r}", "model")
-        return json_response(_model_card(service))
+        return json_response(card)
 
 
 def _chat_template(llm: LLM) -> str | None:
@@ -137,24 +141,9 @@ def _model_card(service: Service) -> dict[str, Any]:
     return {
         "id": service.model_name,
         "object": "model",
-        "created": 0,
+        "created": int(time.time()),
         "owned_by": "nbllm",
         "root": service.model_name,
         "parent": None,
         "max_model_len": service.llm.config.max_model_len,
     }
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    document: dict[str, Any] = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, schemas = models_json_schema(
-        [(body, "validation") for body in _BODIES.values()], ref_template=_SCHEMAS
-    )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-    for path, body in _BODIES.items():
-        schema = {"$ref": _SCHEMAS.format(model=body.__name__)}
-        document["paths"][path]["post"]["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": schema}},
-        }
-    return document

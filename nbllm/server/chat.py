@@ -243,16 +243,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
         defaults = service.llm.get_default_sampling_params()
         params = choice.sampling_params(parsed.sampling_params(defaults))
         reply = ChatReply(service, parsed, request_id(request, parsed), choice)
-        prompt = await encode_chat(service, parsed)
         keep = parsed.truncate_prompt_tokens
+        prompt = await encode_chat(service, parsed, must_fit=keep in (None, -1))
         if keep is not None and keep >= 0:
             ids = prompt["prompt_token_ids"]
             prompt["prompt_token_ids"] = ids[max(len(ids) - keep, 0) :]
         return await answer(service, request, parsed, [prompt], params, reply)
 
 
-async def encode_chat(service: Service, request: ChatTemplateRequest) -> dict[str, Any]:
-    """The messages of a request as one prompt.
+async def encode_chat(
+    service: Service, request: ChatTemplateRequest, *, must_fit: bool = True
+) -> dict[str, Any]:
+    """The messages of a request as one prompt; `must_fit` refuses early what is far too long.
 
     Raises:
         InvalidRequestError: the template refuses them, or there is none.
@@ -262,6 +264,8 @@ async def encode_chat(service: Service, request: ChatTemplateRequest) -> dict[st
 
     def render() -> dict[str, Any]:
         text = service.llm.render_chat(messages, **options).text
+        if must_fit:
+            service.check_fits(text, "messages")
         ids = service.llm.get_tokenizer().encode(text, request.add_special_tokens)
         return {"prompt": text, "prompt_token_ids": ids}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -186,23 +186,32 @@ def add_routes(app: FastAPI, service: Service) -> None:
         service.check_model(parsed)
         parsed.check()
         params = parsed.sampling_params(service.llm.get_default_sampling_params())
-        prompts = await encode(service, parsed)
+        prompts = await encode(
+            service, parsed.prompts(), parsed.add_special_tokens, parsed.truncate_prompt_tokens
+        )
         reply = CompletionReply(service, parsed, request_id(request, parsed))
         return await answer(service, request, parsed, prompts, params, reply)
 
 
-async def encode(service: Service, request: CompletionRequest) -> list[Any]:
-    """The prompts of a request as token ids, with their texts.
+async def encode(
+    service: Service,
+    prompts: Sequence[str | list[int]],
+    add_special_tokens: bool,
+    keep: int | None = None,
+) -> list[Any]:
+    """The prompts of a request as token ids, with their texts; at most the last `keep` ids.
 
     Raises:
         InvalidRequestError: one can't be tokenized.
     """
-    prompts = request.prompts()
     num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    for prompt in prompts:
+        if isinstance(prompt, str) and keep in (None, -1):
+            service.check_fits(prompt, "prompt")
 
     def encode_all() -> list[list[int]]:
         return [
-            service.llm.get_tokenizer().encode(prompt, request.add_special_tokens)
+            service.llm.get_tokenizer().encode(prompt, add_special_tokens)
             if isinstance(prompt, str)
             else prompt
             for prompt in prompts
@@ -210,7 +219,7 @@ async def encode(service: Service, request: CompletionRequest) -> list[Any]:
 
     ids = encode_all() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(encode_all)
     return [
-        _prompt(text if isinstance(text, str) else None, token_ids, request.truncate_prompt_tokens)
+        _prompt(text if isinstance(text, str) else None, token_ids, keep)
         for text, token_ids in zip(prompts, ids, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
@@ -45,6 +46,8 @@ class Door:
         root_path: under which a proxy shows the server; it may be left on a path or not.
         origins: of the web pages that may ask the server; their browsers' preflight requests are
             answered here, without a key.
+        observe: told the route's path ("none" if none was reached), the method, the status and the
+            seconds of every request that has a record.
 
     Attributes:
         app, log: the same.
@@ -60,6 +63,7 @@ class Door:
         max_concurrent_requests: int,
         root_path: str = "",
         origins: Collection[str] = (),
+        observe: Callable[[str, str, int, float], None] | None = None,
     ) -> None:
         self.app = app
         self.log = log
@@ -68,6 +72,7 @@ class Door:
         self._max_posts = max_concurrent_requests
         self._num_posts = 0
         self._root_path = root_path
+        self._observe = observe
         self._entry: Any = self._enter if not origins else _for_browsers(self._enter, origins)
 
     @property
@@ -98,6 +103,9 @@ class Door:
             raise
         finally:
             self.log.end(record)
+            if self._observe is not None:
+                handler = getattr(scope.get("route"), "path", "none")
+                self._observe(handler, scope["method"], record.status, record.seconds or 0.0)
 
     async def _enter(self, scope: Message, receive: Receive, send: Send) -> None:
         refused = self._refuse(scope)
@@ -149,6 +157,7 @@ class Door:
         return any(matches)
 
 
+_HOST = re.compile(r"([^\[\]:@/\s]+|\[[0-9a-f:.]+\])(?::[0-9]*)?")
 _STOPS = "the server stops"
 _TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
 
@@ -159,11 +168,13 @@ def _digest(key: bytes) -> bytes:
 
 
 def _host_name(host: bytes) -> str:
-    """The name in a Host header, without the port; IPv6 addresses keep their brackets."""
+    """The name in a Host header, without the port; IPv6 addresses keep their brackets.
+
+    What is no name and port is left as it is, which no server is known under.
+    """
     text = host.decode("latin-1").strip().lower()
-    if text.startswith("["):
-        return text.partition("]")[0] + "]"
-    return text.partition(":")[0]
+    match = _HOST.fullmatch(text)
+    return text if match is None else match[1]
 
 
 def _expects_continue(scope: Message) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from nbllm.server.request_log import note_error
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+MAX_RETRY_AFTER_S = 3
 
 
 class BodyTooLargeError(Exception):
@@ -46,7 +47,9 @@ def json_response(
 
 def refusal(status: int, message: str, parameter: str | None = None) -> Response:
     """A response that tells what is wrong."""
-    retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    # Not all who are turned away should come back at the same moment.
+    wait_s = random.randint(1, MAX_RETRY_AFTER_S)
+    retry = {"Retry-After": str(wait_s)} if status in (429, 503) else None
     return json_response(error_body(message, status, parameter), status, retry)
 
 
@@ -54,6 +57,13 @@ def stream_error(error: Exception) -> dict[str, Any]:
     """The event that ends a stream whose status was sent before."""
     note_error(error)
     return error_body(_message(error), _status(error), getattr(error, "parameter", None))
+
+
+def is_clients_fault(error: Exception) -> bool:
+    """Whether the request asked for what can't be done; known before it runs, or only then."""
+    if isinstance(error, RequestFailedError):
+        return error.parameter is not None
+    return isinstance(error, InvalidRequestError)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -67,7 +77,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _status(error: Exception) -> int:
-    if isinstance(error, InvalidRequestError):
+    if is_clients_fault(error):
         return 404 if isinstance(error, ModelNotFoundError) else 400
     if isinstance(error, (EngineClosedError, EngineDeadError)):
         return 503
@@ -78,7 +88,7 @@ def _status(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     """What a client may read: our own words, never a path or a traceback of something else."""
-    if isinstance(error, (InvalidRequestError, BodyTooLargeError, BodyTooSlowError)):
+    if is_clients_fault(error) or isinstance(error, (BodyTooLargeError, BodyTooSlowError)):
         return str(error)
     if isinstance(error, EngineClosedError):
         return "the engine is closed"

@@ -9,18 +9,17 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Send
 
-from nbllm.errors import InvalidRequestError, NbllmError
+from nbllm.errors import InvalidRequestError, NbllmError, RequestFailedError
 from nbllm.server.errors import json_response, stream_error
 from nbllm.server.protocol import GenerationRequest, to_json
 
 if TYPE_CHECKING:
-    from nbllm.llm import LLM
     from nbllm.outputs import RequestOutput
     from nbllm.sampling_params import SamplingParams
     from nbllm.server.request_log import RequestRecord
@@ -34,6 +33,10 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class _HasRequestId(Protocol):
+    request_id: str | None
 
 
 class TokenCounts:
@@ -169,7 +172,7 @@ class Reply(ABC):
         return body | {"usage": usage} if self._include_usage else body
 
 
-def request_id(request: Request, parsed: GenerationRequest) -> str:
+def request_id(request: Request, parsed: _HasRequestId) -> str:
     """The client's id for its request, from the header or the body, or a random one."""
     given = request.headers.get("x-request-id") or parsed.request_id or ""
     return given[:_MAX_ID_CHARS] if given.isprintable() and given.strip() else uuid.uuid4().hex
@@ -188,7 +191,7 @@ async def answer(
     record.id = reply.id
     try:
         return await _answer(service, request, parsed, prompts, params, reply)
-    except InvalidRequestError as error:
+    except (InvalidRequestError, RequestFailedError) as error:
         error.parameter = parsed.name_of(error.parameter)
         raise
 
@@ -211,14 +214,12 @@ async def _answer(
         if first is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         return _EventStream(_events(first, events, reply), headers=_STREAM_HEADERS)
-    work = _generate(service.llm, prompts, params, parsed.priority)
+    work = _generate(service, prompts, params, parsed.priority)
     outputs = await unless_disconnected(request, work)
     if outputs is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     body = reply.whole(outputs)
     record.count(reply.counts.prompt, reply.counts.completion)
-    for number, output in enumerate(outputs):
-        service.metrics.observe(output, params, reply.counts.completion_of(number))
     return json_response(body)
 
 
@@ -233,11 +234,11 @@ class _EventStream(StreamingResponse):
 
 
 async def _generate(
-    llm: LLM, prompts: Sequence[Any], params: SamplingParams, priority: int
+    service: Service, prompts: Sequence[Any], params: SamplingParams, priority: int
 ) -> list[RequestOutput]:
     """All prompts at once; the first that fails ends the others and raises."""
     outputs: dict[int, RequestOutput] = {}
-    async with aclosing(_stream_all(llm, prompts, params, priority)) as stream:
+    async with aclosing(_stream_all(service, prompts, params, priority)) as stream:
         async for number, output in stream:
             outputs[number] = output
     return [outputs[number] for number in range(len(prompts))]
@@ -251,24 +252,22 @@ async def _chunks(
     reply: Reply,
     record: RequestRecord,
 ) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(_stream_all(service.llm, prompts, params, priority)) as stream:
+    async with aclosing(_stream_all(service, prompts, params, priority)) as stream:
         async for number, output in stream:
             for chunk in reply.chunks(number, output):
                 yield chunk
             record.count(reply.counts.prompt, reply.counts.completion)
-            if output.finished:
-                service.metrics.observe(output, params, reply.counts.completion_of(number))
     last = reply.last_chunk()
     if last is not None:
         yield last
 
 
 async def _stream_all(
-    llm: LLM, prompts: Sequence[Any], params: SamplingParams, priority: int
+    service: Service, prompts: Sequence[Any], params: SamplingParams, priority: int
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """`(number of the prompt, output)` of all prompts as they come."""
     if len(prompts) == 1:
-        async with aclosing(_stream(llm, prompts[0], params, priority)) as stream:
+        async with aclosing(_stream(service, prompts[0], params, priority)) as stream:
             async for output in stream:
                 yield 0, output
         return
@@ -277,7 +276,7 @@ async def _stream_all(
     failures: list[Exception] = []
 
     async def follow(number: int, prompt: Any) -> None:
-        async with aclosing(_stream(llm, prompt, params, priority)) as stream:
+        async with aclosing(_stream(service, prompt, params, priority)) as stream:
             async for output in stream:
                 await queue.put((number, output))
 
@@ -303,11 +302,16 @@ async def _stream_all(
             task.cancel()
 
 
-def _stream(
-    llm: LLM, prompt: Any, params: SamplingParams, priority: int
+async def _stream(
+    service: Service, prompt: Any, params: SamplingParams, priority: int
 ) -> AsyncGenerator[RequestOutput, None]:
-    stream = llm.astream(prompt, params, priority=priority)
-    return cast("AsyncGenerator[RequestOutput, None]", stream)
+    """The outputs of one prompt, which are measured as they pass."""
+    observer = service.metrics.follow(params)
+    stream = service.llm.astream(prompt, params, priority=priority)
+    async with aclosing(cast("AsyncGenerator[RequestOutput, None]", stream)) as outputs:
+        async for output in outputs:
+            observer.add(output)
+            yield output
 
 
 async def _events(

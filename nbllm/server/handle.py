@@ -50,6 +50,11 @@ class _UvicornServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._address.release()  # while it listens: a file there is still its own
+        for listener in sockets or ():
+            try:  # closing it is not enough: a process that was forked meanwhile has it, too
+                listener.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not on every system
         await super().shutdown(sockets)
 
 
@@ -206,6 +211,7 @@ class Server:
             log_config=None,
             proxy_headers=False,
             access_log=False,
+            ws="none",  # whatever is installed: no route takes a WebSocket
             lifespan="off",
             server_header=False,
             **({} if tls is None else tls.uvicorn_options()),

@@ -27,6 +27,7 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_IDS = 16_384
 _MAX_MESSAGE_CHARS = 400  # of an error
 _GREEDY_BELOW, _MIN_TEMPERATURE = 1e-5, 0.01
 
@@ -115,7 +116,7 @@ class GenerationRequest(ServerRequest):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
-    allowed_token_ids: list[Int32] | None = None
+    allowed_token_ids: Annotated[list[Int32], Field(max_length=MAX_ALLOWED_IDS)] | None = None
     thinking_token_budget: Int32 | None = None
     repetition_detection: RepetitionDetection | None = None
     response_format: JsonFormat | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from nbllm.errors import PromptTooLongError
 from nbllm.server.errors import ModelNotFoundError
 from nbllm.server.protocol import ServerRequest
 from nbllm.server.request_log import RequestLog, RequestRecord
@@ -43,6 +44,21 @@ class Service:
         """Raises ModelNotFoundError if a request names another model."""
         if request.model not in (None, "", self.model_name):
             raise ModelNotFoundError(f"the model here is {self.model_name!r}", parameter="model")
+
+    def check_fits(self, text: str, parameter: str) -> None:
+        """Find what is far too long before it is tokenized, which may take seconds.
+
+        Raises:
+            PromptTooLongError: it has more characters than `max_model_len` tokens may have.
+        """
+        max_model_len = self.llm.config.max_model_len
+        most = self.llm.get_tokenizer().max_token_chars
+        if most is not None and max_model_len is not None and len(text) > most * max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(text)} characters, more than max_model_len={max_model_len} "
+                "tokens can stand for: shorten it",
+                parameter=parameter,
+            )
 
     def record_of(self, request: Request) -> RequestRecord:
         """The record that the door has begun for a request."""

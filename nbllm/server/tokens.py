@@ -15,11 +15,13 @@ from nbllm.server.errors import json_response
 from nbllm.server.protocol import Int32, ServerRequest, parse_request
 from nbllm.server.service import Service
 
+MAX_TOKENIZED = 1 << 20  # letters or ids, in a second or two
+
 
 class TokenizeRequest(ChatTemplateRequest):
     """The body of /tokenize: a prompt, or messages."""
 
-    prompt: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENIZED)] | None = None
     messages: list[dict[str, Any]] = Field(default=[])
     add_special_tokens: bool | None = None  # type: ignore[assignment]
     return_token_strs: bool = False
@@ -28,7 +30,7 @@ class TokenizeRequest(ChatTemplateRequest):
 class DetokenizeRequest(ServerRequest):
     """The body of /detokenize."""
 
-    tokens: Annotated[list[Int32], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Int32], Field(max_length=MAX_TOKENIZED)]
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -49,14 +51,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
             adds = parsed.add_special_tokens is not False
             ids = await asyncio.to_thread(tokenizer.encode, parsed.prompt, adds)
         strs = tokenizer.convert_ids_to_tokens(ids) if parsed.return_token_strs else None
-        return json_response(
-            {
-                "count": len(ids),
-                "max_model_len": llm.config.max_model_len,
-                "tokens": ids,
-                "token_strs": strs,
-            }
-        )
+        body = {
+            "count": len(ids),
+            "max_model_len": llm.config.max_model_len,
+            "tokens": ids,
+            "token_strs": strs,
+        }
+        return await asyncio.to_thread(json_response, body)  # there may be millions
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:

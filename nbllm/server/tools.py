@@ -288,7 +288,10 @@ def _call_schema(
     """The schema of a call; what its parameters refer to goes to the root, where it is sought."""
     parameters = dict(_parameters(function))
     for key in _DEFINITIONS:
-        for name, schema in (parameters.pop(key, None) or {}).items():
+        own = parameters.pop(key, None) or {}
+        if not isinstance(own, dict):
+            raise _error("tools", f"{key} must be an object")
+        for name, schema in own.items():
             known = definitions.setdefault(key, {})
             if known.setdefault(name, schema) != schema:
                 raise _error("tools", f"two have different definitions of {name:.64}")

@@ -70,6 +70,8 @@ class GrammarCompiler:
 
         limits = LLParserLimits(**_LIMITS)
         matcher = LLMatcher(self._wrapped_tokenizer(), text, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # much is done with the first mask only
         if matcher.is_error():
             raise InvalidRequestError(
                 f"structured_outputs: {_error_text(matcher)}", parameter="structured_outputs"
@@ -152,7 +154,7 @@ class Constraint:
 
     def _failure(self) -> RequestFailedError:
         message = _error_text(self._matcher) or "the text left its grammar"
-        return RequestFailedError(f"structured_outputs: {message}")
+        return RequestFailedError(f"structured_outputs: {message}", parameter="structured_outputs")
 
 
 def _error_text(matcher: LLMatcher) -> str:

@@ -7,11 +7,12 @@ deeply would overflow a stack there, and that would be the end of the notebook's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbllm.errors import InvalidRequestError
 from nbllm.sampling_params import StructuredOutputsParams
+from nbllm.structured.repetition import MAX_REPEATED, longest_terminal, repeated_length
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 32
@@ -44,6 +45,7 @@ def grammar_text(params: StructuredOutputsParams) -> str:
         return _from_schema({"type": "object"}, params)
     if params.regex is not None:
         _check_text("regex", params.regex, MAX_REGEX_BYTES)
+        _check_repetitions("regex", repeated_length, params.regex)
         return str(LLMatcher.grammar_from_regex(params.regex))
     if params.choice is not None:
         text = json.dumps(params.choice)
@@ -52,9 +54,11 @@ def grammar_text(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         _check_text("grammar", params.grammar, MAX_GRAMMAR_BYTES)
         try:
-            return str(grammar_from("grammar", params.grammar))
+            text = str(grammar_from("grammar", params.grammar))
         except Exception as error:  # of its translation from GBNF
             raise _error(f"grammar: {error}") from error
+        _check_repetitions("grammar", longest_terminal, text)
+        return text
     assert params.structural_tag is not None
     return _from_tags(params.structural_tag)
 
@@ -68,6 +72,7 @@ def _from_schema(schema: Any, params: StructuredOutputsParams) -> str:
         options = {"whitespace_flexible": False}
     if params.whitespace_pattern is not None:
         _check_text("whitespace_pattern", params.whitespace_pattern, MAX_REGEX_BYTES)
+        _check_repetitions("whitespace_pattern", repeated_length, params.whitespace_pattern)
         options["whitespace_pattern"] = params.whitespace_pattern
     try:
         return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
@@ -109,7 +114,7 @@ def _schema(name: str, schema: Any) -> Any:
             raise _error(f"{name} is no valid JSON") from error
     if not isinstance(schema, (Mapping, bool)):
         raise _error(f"{name} must be a JSON object, not {type(schema).__name__}")
-    _check_depth(name, schema)
+    _check_schema(name, schema)
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -146,7 +151,7 @@ def _closed(schema: Any, *, is_part: bool = False) -> Any:
     return closed
 
 
-def _check_depth(name: str, schema: Any) -> None:
+def _check_schema(name: str, schema: Any) -> None:
     level, depth = [schema], 0
     while level:
         depth += 1
@@ -155,10 +160,24 @@ def _check_depth(name: str, schema: Any) -> None:
         children: list[Any] = []
         for item in level:
             if isinstance(item, Mapping):
+                _check_patterns(name, item)
                 children += item.values()
             elif isinstance(item, (list, tuple)):
                 children += item
         level = children
+
+
+def _check_patterns(name: str, schema: Mapping[str, Any]) -> None:
+    properties = schema.get("patternProperties")
+    patterns = list(properties) if isinstance(properties, Mapping) else []
+    for pattern in [*patterns, schema.get("pattern")]:
+        if isinstance(pattern, str):
+            _check_repetitions(f"{name}: pattern", repeated_length, pattern)
+
+
+def _check_repetitions(name: str, measure: Callable[[str], int], text: str) -> None:
+    if measure(text) > MAX_REPEATED:
+        raise _error(f"{name} repeats its parts to more than {MAX_REPEATED} letters")
 
 
 def _check_text(name: str, text: Any, limit: int) -> None:

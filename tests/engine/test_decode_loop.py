@@ -28,7 +28,7 @@ def make_jobs(
 ) -> list[tuple[list[int], dict[str, Any]]]:
     """Prompts and how to continue them: all that ends a text, on the device or on the host.
 
-    With `on_device`, nothing that keeps a step from running on the device alone.
+    With `on_device`, nothing that the host has to say of the logits.
     """
     rng = random.Random(seed)
     jobs = []
@@ -39,6 +39,8 @@ def make_jobs(
             top_p=rng.choice([1.0, 0.9]),
             stop_token_ids=rng.sample(range(500), rng.choice([0, 5, 60])),
             min_tokens=0 if on_device else rng.choice([0, 0, 3]),
+            logit_bias=None if on_device else rng.choice([None, None, {7: 3.0, 400: -9.0}]),
+            allowed_token_ids=None if on_device else rng.choice([None, None, list(range(2, 300))]),
             presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.3]),
             logprobs=rng.choice([None, None, None, 0, 3]),
@@ -121,6 +123,8 @@ def test_replayed_steps_give_the_tokens_of_single_steps(
         assert outcomes(requests) == expected(seed, on_device=on_device)
     keys: Any = list(engine.runner.graphs._graphs)
     assert {key[0] for key in keys} == {"decode", "prompt"}
+    # Where the host shapes logits, the graph ends before them.
+    assert {key[0] for key in keys if key[2] is None} == {"decode", "prompt"}
     assert any(size.num_decodes for kind, size, *_ in keys if kind == "prompt")
     assert engine.runner.graphs.num_replays > 20
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_usable_blocks
@@ -270,7 +274,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones(
 ) -> None:
     for seed in range(3):
         alone = make_gpu_engine(**OPTIONS, enforce_eager=True)
-        jobs = make_jobs(seed, on_device=True)
+        jobs = make_jobs(seed, on_device=seed != 2)
         expected_requests = [make_request(prompt, **job) for prompt, job in jobs]
         for request in expected_requests:
             alone.add(request)

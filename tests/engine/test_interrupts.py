@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from nbllm import LLM, Interrupted, SamplingParams
+from nbllm import LLM, EmbeddingRequestOutput, Interrupted, SamplingParams
 from nbllm.engine.engine_thread import EngineThread
 from nbllm.engine.request import Request
 from nbllm.engine.request_stream import RequestStream
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-NUM_LINES_BEFORE_TRY = 2  # of `generate`, with the line of the `try` itself
+NUM_LINES_BEFORE_TRY = 2  # of `generate` and `embed`, with the line of the `try` itself
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14] * 20]
 
 
@@ -53,7 +53,7 @@ class InterruptAt:
     def _place(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
         is_end = event == "return" and (
-            code is LLM.generate.__code__  # too late
+            code in (LLM.generate.__code__, LLM.embed.__code__)  # too late
             or code.co_flags & inspect.CO_GENERATOR  # might be its deletion, which raises nothing
         )
         # A `with` has a line event on its way out too, before `__exit__`; interrupts come after it.
@@ -77,16 +77,31 @@ def llm(make_checkpoint: Callable[..., Any]) -> Iterator[LLM]:
         yield llm
 
 
-def count_places(llm: LLM) -> int:
+def generate(llm: LLM) -> list[Any]:
+    return llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+
+
+def embed(llm: LLM) -> list[Any]:
+    return llm.embed(PROMPTS, use_tqdm=False)
+
+
+def result(output: Any) -> Any:
+    """What a row is to have whatever happens to the call."""
+    if isinstance(output, EmbeddingRequestOutput):
+        return output.outputs.embedding
+    return output.outputs[0].token_ids
+
+
+def count_places(llm: LLM, call: Callable[[LLM], list[Any]]) -> int:
     counter = InterruptAt(1 << 60)
     with counter:
-        llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        call(llm)
     return (1 << 60) - counter.remaining
 
 
-def interrupt_often(llm: LLM, num_points: int) -> None:
-    expected = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
-    num_places = count_places(llm)
+def interrupt_often(llm: LLM, call: Callable[[LLM], list[Any]], num_points: int) -> None:
+    expected = [pytest.approx(result(output), abs=1e-5) for output in call(llm)]
+    num_places = count_places(llm, call)
     rng = random.Random(0)
     hits = 0
     while hits < num_points:
@@ -94,28 +109,31 @@ def interrupt_often(llm: LLM, num_points: int) -> None:
         interrupt = InterruptAt(at)
         try:
             with interrupt:
-                llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+                call(llm)
         except Interrupted as error:
             hits += 1
             partial = error.partial or [None] * len(PROMPTS)
-            for output, tokens in zip(partial, expected, strict=True):
-                assert output is None or output.outputs[0].token_ids == tokens
+            for output, whole in zip(partial, expected, strict=True):
+                assert output is None or result(output) == whole
             for output, finished in zip(partial, interrupt.finished, strict=False):
                 assert output is not None or not finished, at
         metrics = llm.get_metrics()
         assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0, at
         assert metrics["kv_cache_usage_perc"] == 0
-        after = llm.generate(PROMPTS[2], PARAMS)[0]
-        assert after.outputs[0].token_ids == expected[2]
+        assert result(call(llm)[2]) == expected[2]
 
 
-def test_an_interrupt_at_any_place_ends_the_call_and_nothing_else(llm: LLM) -> None:
-    interrupt_often(llm, num_points=60)
+@pytest.mark.parametrize(("call", "num_points"), [(generate, 60), (embed, 30)])
+def test_an_interrupt_at_any_place_ends_the_call_and_nothing_else(
+    llm: LLM, call: Callable[[LLM], list[Any]], num_points: int
+) -> None:
+    interrupt_often(llm, call, num_points)
 
 
 @pytest.mark.slow
-def test_interrupts_at_five_hundred_points(llm: LLM) -> None:
-    interrupt_often(llm, num_points=500)
+@pytest.mark.parametrize("call", [generate, embed])
+def test_interrupts_at_five_hundred_points(llm: LLM, call: Callable[[LLM], list[Any]]) -> None:
+    interrupt_often(llm, call, num_points=500)
 
 
 def test_an_interrupt_anywhere_in_the_wait_leaves_no_lock_that_the_engine_needs(

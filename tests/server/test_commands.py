@@ -127,6 +127,7 @@ def test_a_batch_is_answered_line_by_line(tmp_path: Path) -> None:
     lines = [
         line("sum", {"prompt": "What is 17 + 25?", "temperature": 0}),
         line("chat", chat, "/v1/chat/completions"),
+        line("vector", {"input": question, "dimensions": 4}, "/v1/embeddings"),
         line("wrong value", {"prompt": "x", "temperature": -1}),
         line("wrong route", {}, "/v1/files"),
         line("stream", {"prompt": "x", "stream": True}),
@@ -138,7 +139,9 @@ def test_a_batch_is_answered_line_by_line(tmp_path: Path) -> None:
     done = nbllm("run-batch", "-i", str(source), "-o", str(target), *ENGINE)
     assert done.returncode == 1, done.stderr  # some lines are wrong
     replies = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
-    assert set(replies) == {"sum", "chat", "wrong value", "wrong route", "stream", None}
+    names = {"sum", "chat", "vector", "wrong value", "wrong route", "stream", None}
+    assert set(replies) == names
+    assert len(replies["vector"]["response"]["body"]["data"][0]["embedding"]) == 4
     assert replies["sum"]["response"]["body"]["choices"][0]["text"].strip() == "42"
     message = replies["chat"]["response"]["body"]["choices"][0]["message"]
     assert "Paris" in message["content"] and replies["chat"]["error"] is None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import httpx
 import pytest
 
 import nbllm
-from nbllm import LLM, InvalidRequestError, NbllmError
+from nbllm import LLM, EngineDeadError, InvalidRequestError, NbllmError
 from nbllm.llm import last_created_llm
 from nbllm.server.log_lines import LogLines, describe
 
@@ -95,6 +98,102 @@ def test_a_stream_that_runs_when_the_server_stops_ends_in_order(llm: LLM, route:
     assert llm.get_metrics()["num_requests_running"] == 0
     assert "the server stops" in server.logs()[-2]
     assert not server.is_running
+
+
+# -- other processes ------------------------------------------------------------------------------
+
+
+def use_after_fork(llm: LLM, pipe: Connection) -> None:
+    """What a child may try with its parent's `LLM`; tells the parent what it got."""
+    tries: list[Callable[[], Any]] = [
+        lambda: llm.generate("a"),
+        lambda: next(llm.stream("a")),
+        llm.get_metrics,
+        llm.serve,
+    ]
+    for attempt in tries:
+        try:
+            pipe.send(repr(attempt()))
+        except BaseException as error:
+            pipe.send(error)
+    pipe.send(llm.is_healthy())
+    llm.close()  # must not hang, or end the parent's
+    pipe.send("closed")
+    pipe.recv()  # lives on, with the parent's files
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_gets_an_error_and_keeps_nothing_from_its_parent(
+    llm: LLM, send: Send
+) -> None:
+    server = llm.serve()
+    context = multiprocessing.get_context("fork")
+    pipe, childs_pipe = context.Pipe()
+    child = context.Process(target=use_after_fork, args=(llm, childs_pipe), daemon=True)
+    child.start()
+    try:
+        got = []
+        for _ in range(6):
+            assert pipe.poll(30), "the child hangs"
+            got.append(pipe.recv())
+        assert all(isinstance(error, EngineDeadError) for error in got[:4]), got
+        assert "spawn" in str(got[0])
+        assert got[4:] == [False, "closed"]
+        server.stop()
+        server.restart()  # the child had the port's socket, too
+        assert send(server, "POST", "/v1/completions", BODY)[0] == 200
+        server.stop()
+        pipe.send("end")
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        server.stop()
+
+
+CELL = """
+from nbllm import LLM
+llm = LLM(device="cpu")
+server = llm.serve(port={port}, api_key="key")
+reply = server.client().completions.create(model="nbllm-demo", prompt="Hi", max_tokens=900,
+                                           stream=True, extra_body={{"ignore_eos": True}})
+next(iter(reply))
+print(server.port)
+"""
+
+
+@pytest.mark.slow
+def test_after_a_restart_of_its_kernel_a_cell_serves_on_the_same_port() -> None:
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager()
+    manager.kernel_spec.argv[0] = sys.executable
+    manager.start_kernel()
+    port = 0
+    try:
+        for _ in range(3):  # each restart comes in the middle of a stream
+            client = manager.client()
+            client.start_channels()
+            client.wait_for_ready(timeout=60)
+            printed: list[str] = []
+            reply = client.execute_interactive(
+                CELL.format(port=port),
+                timeout=60,
+                output_hook=lambda message, printed=printed: printed.append(
+                    message["content"].get("text", "")
+                ),
+            )
+            assert reply["content"]["status"] == "ok", reply["content"]
+            port, last_port = int("".join(printed)), port
+            assert last_port in (0, port)
+            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            client.stop_channels()
+            manager.restart_kernel(now=True)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+    finally:
+        manager.shutdown_kernel(now=True)
 
 
 # -- nbllm.serve ----------------------------------------------------------------------------------

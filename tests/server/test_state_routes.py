@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def samples(send: Send, server: Server) -> dict[str, float]:
     assert headers["content-type"].startswith("text/plain")
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
+        if family.name.startswith("http_"):  # they have no prefix, and labels of their own
+            continue
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("model_name") == "nbllm-demo"
@@ -69,6 +72,7 @@ def test_version_load_models_and_openapi(llm: LLM, send: Send, server: Server) -
     assert send(server, "GET", "/load")[2] == {"server_load": 0}
     card = send(server, "GET", "/v1/models/nbllm-demo")[2]
     assert card["max_model_len"] == llm.config.max_model_len
+    assert 0 <= time.time() - card["created"] < 86_400
     assert send(server, "GET", "/v1/models")[2]["data"] == [card]
     assert send(server, "GET", "/v1/models/other")[0] == 404
     document = send(server, "GET", "/openapi.json")[2]
@@ -78,6 +82,18 @@ def test_version_load_models_and_openapi(llm: LLM, send: Send, server: Server) -
         name = content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
         assert schemas[name]["properties"]
     assert "temperature" in schemas["ChatCompletionRequest"]["properties"]
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", None), ("POST", {})])
+def test_ping_is_health_behind_the_key(
+    llm: LLM, send: Send, monkeypatch: pytest.MonkeyPatch, method: str, body: Any
+) -> None:
+    with llm.serve() as server:
+        assert send(server, method, "/ping", body)[0] == 200
+        assert send(server, method, "/ping", body, {"Authorization": None})[0] == 401
+        monkeypatch.setattr(llm, "is_healthy", lambda: False)
+        assert send(server, method, "/ping", body)[0] == 503
+        assert send(server, "GET", "/health", headers={"Authorization": None})[0] == 503
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/completions"), ("POST", "/health")])

@@ -1,12 +1,14 @@
-"""Tool calls in a model's text: each format's examples, and what holds for any text at all."""
+"""Tool calls in a model's text: what holds for every format, and for any text at all."""
 
 from __future__ import annotations
 
 import ast
 import itertools
 import json
+import random
 import re
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -97,144 +99,6 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 def without_space(text: str) -> str:
     return "".join(text.split())
-
-
-# Each format's examples
-
-
-def test_hermes_calls_are_in_tags() -> None:
-    text = (
-        'Let me look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
-        '</tool_call>\n<tool_call>\n{"arguments": {}, "name": "get_time"}\n</tool_call>'
-    )
-    parsed = parse("hermes", text)
-    assert parsed.content == "Let me look.\n"
-    assert calls_of(parsed) == [("get_weather", {"city": "Paris"}), ("get_time", {})]
-
-
-def test_a_hermes_call_needs_no_closing_tag_and_may_be_followed_by_text() -> None:
-    opened = '<tool_call>{"name": "f", "arguments": {}}'
-    assert calls_of(parse("hermes", opened)) == [("f", {})]
-    assert len(parse("hermes", opened + opened + "</tool_call>").calls) == 2
-    assert parse("hermes", opened + "\n</tool_call>\n\nDone.").content == "\n\nDone."
-
-
-def test_tags_in_a_string_of_the_arguments_are_arguments() -> None:
-    text = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call><tool_call>"}}</tool_call>'
-    parsed = parse("hermes", text)
-    assert parsed.content is None
-    assert calls_of(parsed) == [("f", {"a": "</tool_call><tool_call>"})]
-
-
-def test_llama_calls_are_json_between_semicolons() -> None:
-    text = (
-        '{"name": "f", "parameters": {"a": 1}}; {"type": "function", "name": "g", "parameters": {}}'
-    )
-    for written in (text, "<|python_tag|>" + text, "\n" + text + " ; \n"):
-        parsed = parse("llama3_json", written)
-        assert parsed.content is None
-        assert calls_of(parsed) == [("f", {"a": 1}), ("g", {})]
-
-
-def test_llamas_other_json_and_builtin_tools_stay_content() -> None:
-    for text in (
-        '{"name": "Ann", "age": 3}',
-        '{"a": 1}',
-        "{",
-        '<|python_tag|>brave_search.call(query="x")',
-        'See {"name": "f", "parameters": {}}',
-    ):
-        assert parse("llama3_json", text) == ParsedText(text, None, [])
-
-
-def test_mistral_calls_are_in_a_list() -> None:
-    text = 'Ok.[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]'
-    parsed = parse("mistral", text)
-    assert parsed.content == "Ok."
-    assert calls_of(parsed) == [("f", {"a": 1}), ("g", {})]
-
-
-def test_mistral_calls_are_names_with_arguments() -> None:
-    text = '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g[ARGS]{}[TOOL_CALLS]h[CALL_ID]abcDEF123[ARGS]{"b": 2}'
-    parsed = parse("mistral", text, numbered())
-    assert parsed.content is None
-    assert calls_of(parsed) == [("f", {"a": 1}), ("g", {}), ("h", {"b": 2})]
-    assert [call.id for call in parsed.calls] == ["id0", "id1", "abcDEF123"]
-
-
-def test_pythonic_calls_are_a_list_of_python_calls() -> None:
-    text = (
-        "[get_weather(city='Paris', days=-3, at=(48.8, 2.3), opts={\"a\": [True, None, false]},),"
-        ' get_time(), tools.say(text="it\\\'s \\d\\u00e9\\n", n=(0x10))]'
-    )
-    parsed = parse("pythonic", text)
-    assert parsed.content is None
-    assert calls_of(parsed) == [
-        (
-            "get_weather",
-            {"city": "Paris", "days": -3, "at": [48.8, 2.3], "opts": {"a": [True, None, False]}},
-        ),
-        ("get_time", {}),
-        ("tools.say", {"text": "it's \\dé\n", "n": 16}),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "[]",
-            "[1] as they say",
-            "[link](https://example.com)",
-            "f(a=1)",
-            "[f(1)]",
-            "[f(a=1, a=2)]",
-        ),
-        *("[f(a=b)]", "[f(a=g())]", "[f(a=1+2)]", "[f(a={1: 2})]", "[f(a={1})]", "[f(**{})]"),
-        *(
-            "[f(a=1e999)]",
-            "[f(a=1j)]",
-            "[f(a=b'x')]",
-            "[f(a='x' 'y')]",
-            "[f(a='x\ny')]",
-            "[f(a=01)]",
-        ),
-        *("[1f()]", "[f (a=1)]", "[f(a='\\N{no such}')]", "[f(a='\\777')]", "[f(a='\x00')]"),
-        *("[f(a=" + "[" * 5000, "[f(a=" + "-" * 5000 + "1)]", "[f(a=0x" + "f" * 9000 + ")]"),
-    ],
-)
-def test_what_is_no_literal_call_stays_content(text: str) -> None:
-    assert parse("pythonic", text) == ParsedText(text, None, [])
-
-
-def test_a_lone_surrogate_in_a_python_string_stays_an_escape() -> None:
-    (call,) = parse("pythonic", r'[f(a="\ud800é")]').calls
-    assert call.arguments == r'{"a": "\ud800\u00e9"}'
-
-
-def test_harmony_has_channels() -> None:
-    text = (
-        "<|channel|>analysis<|message|>Need the weather.<|end|><|start|>assistant<|channel|>"
-        "commentary<|message|>I'll look.<|end|><|start|>assistant"
-        + HARMONY_CALL.format("get_weather", '{"city": "Paris"}')
-        + "<|start|>assistant to=functions.g<|channel|>commentary json<|message|> {}<|call|>"
-        "<|start|>assistant<|channel|>final<|message|>Done: a <| b.<|return|>"
-    )
-    parsed = parse("openai", text)
-    assert parsed.reasoning == "Need the weather."
-    assert parsed.content == "I'll look.Done: a <| b."
-    assert calls_of(parsed) == [("get_weather", {"city": "Paris"}), ("g", {})]
-
-
-def test_a_harmony_text_may_begin_with_its_recipient() -> None:
-    text = ' to=functions.f<|channel|>commentary <|constrain|>json<|message|>{"a": 1}'
-    assert calls_of(parse("openai", text)) == [("f", {"a": 1})]
-    assert parse("openai", " to be or not").content == " to be or not"
-
-
-def test_calls_of_harmonys_builtin_tools_stay_content() -> None:
-    text = "<|channel|>analysis to=python code<|message|>1+1<|call|>"
-    assert parse("openai", text) == ParsedText(text, None, [])
 
 
 # What holds for all formats
@@ -355,7 +219,7 @@ def test_a_finished_parser_has_nothing_more_and_takes_nothing_more(name: str) ->
         parser.feed("more")
 
 
-anything = settings(deadline=None)  # the machine is shared
+anything = settings(deadline=None, max_examples=50)  # the machine is shared
 
 
 @anything
@@ -429,6 +293,71 @@ def test_json_is_read_as_strictly_as_by_python(body: str) -> None:
         assert [call.arguments for call in parse("mistral", text).calls] == [text[13:]]
 
 
+# Goal: a thousand truths, each cut up in five ways, are read exactly.
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        12_345_678_901,
+        1.5,
+        -2e-7,
+        "",
+        "Köln",
+        "a\nb\t",
+        'say "hi"',
+        "it's",
+    ),
+    *(
+        "</tool_call>",
+        "<tool_call>",
+        "[TOOL_CALLS]",
+        "<|call|>",
+        "; {",
+        "]",
+        ")",
+        "\\",
+        "{}",
+        "日本 👩‍👧",
+    ),
+    *([], {}, [1, [2, {"a": "b"}]], {"a": {"b": [None, "c"]}}, ["x"] * 5),
+]
+
+
+def truth(rng: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]], str]:
+    """What comes before the calls, the calls, what comes after them."""
+    calls = [
+        (
+            rng.choice(["f", "get_weather", "tools.say", "x1"]),
+            {f"k{i}": rng.choice(VALUES) for i in range(rng.randint(0, 4))},
+        )
+        for _ in range(rng.randint(1, 3))
+    ]
+    return rng.choice(["", "Let me look.", "Größe: 2 < 3"]), calls, rng.choice(["", "Done."])
+
+
+@pytest.mark.parametrize("num_truths", [50, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_written_is_read_however_it_is_cut(name: str, num_truths: int) -> None:
+    rng = random.Random(name)
+    for _ in range(num_truths):
+        before, calls, after = truth(rng)
+        written = [WRITE[name](f, json.dumps(arguments)) for f, arguments in calls]
+        if name == "pythonic":
+            written = ["[" + ", ".join(call[1:-1] for call in written) + "]"]
+        if name in ("llama3_json", "pythonic"):
+            before = ""  # calls come first
+        text = before + {"llama3_json": ";"}.get(name, "\n").join(written) + after
+        for _ in range(5):
+            pieces = cut(text, [rng.randrange(10_000) for _ in range(rng.randint(0, 20))])
+            parsed = gather(stream(name, pieces))
+            assert calls_of(parsed) == calls, pieces
+            assert without_space(parsed.content or "") == without_space(before + after), pieces
+
+
 # Cost
 
 
@@ -438,6 +367,24 @@ def long_texts(name: str, size: int) -> list[str]:
     marks = ("<[{ \n" * size)[:size]
     call = WRITE[name]("f", json.dumps({"a": long}))
     return [call, long, call[: len(call) // 2], marks, " " * size]
+
+
+def hostile_texts(name: str, size: int) -> list[str]:
+    """Texts on which parsers that look back, or ahead, or nest take the square of the time."""
+    call = WRITE[name]("f", '{"a": [1]}')
+    begin = call[: call.index("f")]
+    repeated = [call, begin, call[:-1], "<tool_call>", "[TOOL_CALLS]", "<|channel|>", '{"a":', "["]
+    repeated += [
+        '"\\\\',
+        "\\u0041",
+        "<",
+        "[f(a=",
+        "-",
+        "<|message|>",
+        '{"name": "f", "name": ',
+        " \n",
+    ]
+    return [(text * size)[:size] for text in repeated] + [begin + "[" * size, begin + '"' * size]
 
 
 def count_calls(text: str, name: str) -> int:
@@ -464,6 +411,17 @@ def count_calls(text: str, name: str) -> int:
 def test_a_text_of_twice_the_length_takes_twice_the_work(name: str) -> None:
     for short, long in zip(long_texts(name, 2_000), long_texts(name, 4_000), strict=True):
         assert count_calls(long, name) < 2.1 * count_calls(short, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hundred_kilobytes_of_anything_take_less_than_a_second(name: str) -> None:
+    """Whole and in pieces of a token's length."""
+    for text in [*long_texts(name, 100_000), *hostile_texts(name, 100_000)]:
+        for pieces in ([text], [text[i : i + 4] for i in range(0, len(text), 4)]):
+            start = time.thread_time()
+            stream(name, pieces)
+            assert time.thread_time() - start < 1.0, (text[:80], len(pieces))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,7 +22,7 @@ from nbllm.server.commands.engine_options import add_engine_arguments, llm_optio
 
 _MAX_IN_FLIGHT = 1024
 _HOST = "localhost"
-ROUTES = ("/v1/chat/completions", "/v1/completions")
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
