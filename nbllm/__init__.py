@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nbllm.dataframe.registration import register_with_pandas
+from nbllm.dataframe.registration import register_frames
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,10 @@ _EXPORTS = {
     "RequestOutputKind": "nbllm.sampling_params",
     "StructuredOutputsParams": "nbllm.sampling_params",
     "set_default_llm": "nbllm.default_llm",
+    "jobs": "nbllm.dataframe.jobs",
+    "resume": "nbllm.dataframe.jobs",
+    "reproduce": "nbllm.dataframe.provenance",
+    "map_table": "nbllm.dataframe.arrow_frames",
     "serve": "nbllm.server.serve_model",
     "SamplingControls": "nbllm.widgets.sampling_controls",
     "allow_nested_asyncio": "nbllm.nested_asyncio",
@@ -50,14 +54,19 @@ _EXPORTS = {
     "Interrupted": "nbllm.errors",
 }
 
+_MODULES = ("dask", "ray")  # `nbllm.ray.generate`
+
 __all__ = ["__version__", *_EXPORTS]
 
 last: Any = None
 """The frame that the last interrupted or failed DataFrame call had come to."""
 
-register_with_pandas()
+register_frames()
 
 if TYPE_CHECKING:
+    from nbllm.dataframe.arrow_frames import map_table
+    from nbllm.dataframe.jobs import jobs, resume
+    from nbllm.dataframe.provenance import reproduce
     from nbllm.default_llm import set_default_llm
     from nbllm.errors import (
         EngineClosedError,
@@ -96,6 +105,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"nbllm.{name}")
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module 'nbllm' has no attribute {name!r}")
@@ -105,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -9,73 +9,90 @@ fails has a missing answer and its error, and the others are not affected.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable, Sequence
-from contextlib import closing
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
-import nbllm
-from nbllm.dataframe.prompts import frame_prompts, is_conversation, series_prompts
+from nbllm.dataframe.classify import ClassifySeriesVerbs, ClassifyVerbs
+from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_array, text_column
+from nbllm.dataframe.embed import EmbedSeriesVerbs, EmbedVerbs
+from nbllm.dataframe.extract import ExtractSeriesVerbs, ExtractVerbs
+from nbllm.dataframe.frame_job import FrameJob
+from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
+from nbllm.dataframe.generate_verb import (
+    Generate,
+    Params,
+    arguments_as_json,
+    example_pairs,
+    row_params,
+    with_logprobs,
+)
+from nbllm.dataframe.jobs import JobDescription
+from nbllm.dataframe.lint import LintReport, lint
+from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing, series_prompts
+from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.dataframe.row_job import RowJob
+from nbllm.dataframe.semantic_join import JoinVerbs
+from nbllm.dataframe.similarity import SimilarityVerbs
+from nbllm.dataframe.summarize import register_groupby
 from nbllm.default_llm import default_llm
-from nbllm.errors import Interrupted, InvalidRequestError
-from nbllm.inputs import EncodedPrompt
+from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
-from nbllm.outputs import RequestOutput
-from nbllm.progress import ProgressBar, progress_bar
-from nbllm.sampling_params import SamplingParams
-
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 def register() -> None:
-    """Give DataFrame and Series their `.llm`. Idempotent."""
+    """Give DataFrame, its groups and Series their `.llm`. Idempotent."""
     for owner, accessor in ((pd.DataFrame, DataFrameAccessor), (pd.Series, SeriesAccessor)):
         if getattr(owner, "llm", None) is not accessor:
             getattr(pd.api.extensions, f"register_{owner.__name__.lower()}_accessor")("llm")(
                 accessor
             )
+    register_groupby()
 
 
-class DataFrameAccessor:
+class DataFrameAccessor(
+    ClassifyVerbs, EmbedVerbs, ExtractVerbs, JoinVerbs, SimilarityVerbs, FrameVerbs
+):
     """`df.llm`: see `generate`."""
 
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self._frame = frame
-
     def generate(
-        self,
-        column_or_template: Hashable,
-        sampling_params: Params = None,
-        *,
-        llm: LLM | None = None,
-        out: Hashable = "llm",
-        na: str = "skip",
-        errors: str = "column",
-        overwrite: bool = False,
-        chat: bool | str = "auto",
-        system: str | None = None,
-        use_tqdm: Any = True,
-        on_interrupt: str = "raise",
-    ) -> pd.DataFrame:
+        self, column_or_template: Any, sampling_params: Params = None, **options: Any
+    ) -> Any:
         """Answer every row; returns a new frame with the answers in column `out`.
 
         Args:
-            column_or_template: a column's name, or text with `{column}` fields. A cell may also
+            column_or_template: a column's name, or text with `{column}` fields; a
+                `jinja2.Template`; or a function from a row (a dict) to a prompt. A cell may also
                 hold token ids, or a list of messages.
-            sampling_params: one for all rows, or one each; None is what the model recommends.
+            sampling_params: one for all rows, or one each; or a dict of fields, each a value for
+                all rows or a Series with one a row. None is what the model recommends.
+
+        Keyword args:
             llm: default: that of `nbllm.set_default_llm`, else the `LLM` made last, else the
                 bundled demo model.
-            out: name of the new column; a text per row, or with `n > 1` a list of texts.
-            na: "skip" leaves rows with missing values unanswered; "raise" refuses them.
+            out: name of the new column, default "llm"; a text per row, or with `n > 1` a list.
+            include: more columns, each `<out>_<name>`: "finish" (stop or length), "usage"
+                (prompt_tokens and completion_tokens), "conf" (geometric mean of the tokens'
+                probabilities), "ppl" (its inverse), "margin" (smallest lead of a token over the
+                next best, in nats).
+            explode: with `n > 1`, a row for each text, as `DataFrame.explode` makes them.
+            template_format: "f-string", or "jinja2" for text in that language.
+            examples: a frame with the template's columns and `out`: shown before each row.
+            chat: True sends the prompt as a user's message through the chat template, False as
+                it is; "auto" (the default) does the first if the model has a template.
+            system: a system message for every row (implies chat).
+            na: "skip" leaves rows with missing values unanswered, "fill" makes empty texts of
+                them, "raise" refuses them.
             errors: "column" puts why a row failed into `<out>_error` (missing where it did not);
                 "warn" only warns; "raise" raises the first error, with the frame in `nbllm.last`.
             overwrite: if `out` exists, answer again those rows that have no answer, and keep the
                 others; without it an existing column is an error.
-            chat: True sends the prompt as a user's message through the chat template, False as
-                it is; "auto" does the first if the model has a template.
-            system: a system message for every row (implies chat).
+            dedupe: compute rows that are alike once; "auto": unless chance decides (sampling
+                without a seed).
+            order: "prefix" computes together what begins alike, "given" goes row by row.
+            journal: a name, or a folder: results are kept there as they come, and found again by
+                the same call, or by `nbllm.resume(name)` after a crash.
             use_tqdm: show progress; or a callable that makes a tqdm-like bar.
             on_interrupt: "raise" raises `Interrupted`, whose `.partial` is the frame so far, also
                 in `nbllm.last`; "return" returns it, with "interrupted" as the error of the rest.
@@ -83,215 +100,232 @@ class DataFrameAccessor:
         Raises:
             InvalidRequestError: an argument is wrong; `.parameter` names it.
             Interrupted: Ctrl-C; the engine and its other callers go on.
+            JournalError: the journal can't be used.
         """
+        return self._call(column_or_template, sampling_params, **options).run()
+
+    def submit(
+        self, column_or_template: Any, sampling_params: Params = None, **options: Any
+    ) -> FrameJob:
+        """`generate` beside the cell: returns at once with a handle; its arguments are the same."""
+        return self._call(column_or_template, sampling_params, **options).submit()
+
+    async def agenerate(
+        self, column_or_template: Any, sampling_params: Params = None, **options: Any
+    ) -> Any:
+        """`generate` for any event loop; cancelling the task stops the rows."""
+        return await self.submit(column_or_template, sampling_params, **options)
+
+    def chat(self, column: Hashable, sampling_params: Params = None, **options: Any) -> Any:
+        """`generate` for a column of conversations: lists of `{"role", "content"}` messages.
+
+        Args:
+            column: their name.
+            reply: "text", or "messages" for the conversation with the answer at its end.
+
+        The other arguments and errors are those of `generate`.
+        """
+        reply = options.pop("reply", "text")
+        check_choice("reply", reply, ("text", "messages"))
+        if not (isinstance(column, Hashable) and column in self._frame.columns):
+            raise InvalidRequestError(f"there is no column {column!r}", parameter="column")
+        out = options.setdefault("out", "llm")
+        answered = self.generate(column, sampling_params, chat=True, **options)
+        if reply == "messages":
+            answered[out] = [
+                None if is_missing(text) else [*_messages(before), _assistant(text)]
+                for before, text in zip(self._frame[column], answered[out], strict=True)
+            ]
+        return answered
+
+    def retry(self, **arguments: Any) -> Any:
+        """Answer again the rows without an answer: `generate(..., overwrite=True)`."""
+        return self.generate(**arguments, overwrite=True)
+
+    def stream(
+        self, column_or_template: Any, sampling_params: Params = None, **options: Any
+    ) -> Iterator[pd.DataFrame]:
+        """`generate`, piece by piece: frames of the rows that have ended since the last one.
+
+        Closing the iterator stops the other rows. The arguments are those of `generate`.
+        """
+        return self._call(column_or_template, sampling_params, **options).stream()
+
+    def lint(
+        self,
+        column_or_template: Any,
+        sampling_params: Params = None,
+        *,
+        probe: int = 32,
+        samples: int = 2,
+        **options: Any,
+    ) -> LintReport:
+        """What `generate` would do with the same arguments: rendered samples, exact counts of
+        tokens, rows that fail or are cut, duplicates, shared beginnings, KV cache, and time.
+
+        Args:
+            probe: rows that are answered to estimate the time; 0 spends no token.
+            samples: prompts to show.
+        """
+        call = self._call(column_or_template, sampling_params, **options)
+        params_of = row_params(sampling_params, call.verb.llm, len(self._frame))
+        params = [params_of(row) for row in range(len(self._frame))]
+        return lint(call, params, probe=probe, samples=samples)
+
+    def _call(
+        self,
+        column_or_template: Any,
+        sampling_params: Params = None,
+        *,
+        llm: LLM | None = None,
+        out: Hashable = "llm",
+        include: Sequence[str] = (),
+        explode: bool = False,
+        template_format: str = "f-string",
+        examples: pd.DataFrame | None = None,
+        chat: bool | str = "auto",
+        system: str | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> RowCall:
         frame = self._frame
-        error_column = f"{out}_error"
-        _check_choices(na, errors, on_interrupt, chat)
-        taken = [c for c in (out, error_column) if c in frame.columns]
-        if taken and not overwrite:
-            raise InvalidRequestError(
-                f"column {taken[0]!r} exists; choose another name with out=, or pass "
-                "overwrite=True to answer the rows that have no answer yet",
-                parameter="out",
-            )
-        prompts = frame_prompts(frame, column_or_template)
-        known: list[Any] = [None] * len(prompts)
-        if overwrite and out in frame.columns:
-            known = [None if missing else value for value, missing in _values(frame, out)]
-        job = _Job(llm or default_llm(), prompts, sampling_params, known, chat, system)
-        if na == "raise" and job.num_missing:
-            raise InvalidRequestError(f"{job.num_missing} rows have missing values", parameter="na")
+        checked = read_options(options)
+        check_choice("chat", chat, (True, False, "auto"))
+        check_choice("template_format", template_format, FORMATS)
+        names = names_of(out, include, checked.errors)
+        old = self._answers(out, names, overwrite)
+        read = {"template_format": template_format, "na": checked.na}
+        prompts = frame_prompts(frame, column_or_template, **read)
+        llm = llm or default_llm()
+        least = max((NEEDS_LOGPROBS.get(name, -1) for name in include), default=-1)
+        verb = Generate(
+            llm,
+            with_logprobs(row_params(sampling_params, llm, len(frame)), least),
+            chat=chat,
+            system=system,
+            examples=example_pairs(examples, column_or_template, out, **read),
+            keeps_tokens=checked.journal is not None,
+        )
 
-        def result() -> pd.DataFrame:
+        def make_frame(rows: RowJob) -> pd.DataFrame:
             answered = frame.copy()
-            answered[out] = _text_array(job.answers, frame.index)
-            if errors == "column":
-                answered[error_column] = _text_array(job.error_texts(), frame.index)
-            return answered
+            answered[out] = _with_old(text_column(rows.results, frame.index), old)
+            if checked.errors == "column":
+                answered[f"{out}_error"] = error_column(rows, frame.index)
+            for name, column in included(rows.results, frame.index, out, include).items():
+                answered[name] = column
+            return answered.explode(out) if explode else answered
 
-        return _run(job, result, errors, on_interrupt, use_tqdm)
+        wanted = None if old is None else [r for r, text in enumerate(old) if is_missing(text)]
+        described = dict(
+            options,
+            column_or_template=column_or_template,
+            sampling_params=sampling_params,
+            out=out,
+            include=list(include),
+            explode=explode,
+            template_format=template_format,
+            examples=examples,
+            chat=chat,
+            system=system,
+            overwrite=overwrite,
+        )
+        description = JobDescription(
+            "generate", arguments_as_json(described), frame, len(frame), llm
+        )
+        return RowCall(verb, prompts, checked, make_frame, wanted, description)
 
 
-class SeriesAccessor:
+class SeriesAccessor(ClassifySeriesVerbs, EmbedSeriesVerbs, ExtractSeriesVerbs):
     """`series.llm`: see `generate`."""
 
     def __init__(self, series: pd.Series[Any]) -> None:
         self._series = series
 
     def generate(
-        self,
-        template: str | None = None,
-        sampling_params: Params = None,
-        *,
-        llm: LLM | None = None,
-        out: Hashable = None,
-        na: str = "skip",
-        errors: str = "warn",
-        chat: bool | str = "auto",
-        system: str | None = None,
-        use_tqdm: Any = True,
-        on_interrupt: str = "raise",
+        self, template: Any = None, sampling_params: Params = None, **options: Any
     ) -> pd.Series[Any]:
         """Answer every value; returns a Series of answers with the same index.
 
         Args:
-            template: text with the field `{}`; None takes the values as prompts.
+            template: text with the field `{}`, or a function; None takes the values as prompts.
+            sampling_params: as in the DataFrame's `generate`.
+
+        Keyword args:
             out: name of the result; default: that of the series.
-            errors: "warn" leaves a missing answer and warns; "raise" raises the first error.
+            errors: "warn" (the default) leaves a missing answer and warns; "raise" raises the
+                first error.
 
         The other arguments and errors are those of the DataFrame's `generate`.
         """
+        answers: pd.Series[Any] = self._call(template, sampling_params, **options).run()
+        return answers
+
+    def submit(
+        self, template: Any = None, sampling_params: Params = None, **options: Any
+    ) -> FrameJob:
+        """`generate` beside the cell: returns at once with a handle; its arguments are the same."""
+        return self._call(template, sampling_params, **options).submit()
+
+    async def agenerate(
+        self, template: Any = None, sampling_params: Params = None, **options: Any
+    ) -> pd.Series[Any]:
+        """`generate` for any event loop; cancelling the task stops the rows."""
+        answers: pd.Series[Any] = await self.submit(template, sampling_params, **options)
+        return answers
+
+    def _call(
+        self,
+        template: Any,
+        sampling_params: Params = None,
+        *,
+        llm: LLM | None = None,
+        out: Hashable = None,
+        template_format: str = "f-string",
+        chat: bool | str = "auto",
+        system: str | None = None,
+        **options: Any,
+    ) -> RowCall:
         series = self._series
-        _check_choices(na, errors, on_interrupt, chat)
-        if errors == "column":
+        checked = read_options(options, errors="warn")
+        if checked.errors == "column":
             raise InvalidRequestError(
                 "a Series has no column for errors: use errors='warn', or the DataFrame's accessor",
                 parameter="errors",
             )
-        prompts = series_prompts(series, template)
-        known = [None] * len(prompts)
-        job = _Job(llm or default_llm(), prompts, sampling_params, known, chat, system)
-        if na == "raise" and job.num_missing:
-            raise InvalidRequestError(f"{job.num_missing} values are missing", parameter="na")
+        check_choice("chat", chat, (True, False, "auto"))
+        check_choice("template_format", template_format, FORMATS)
+        prompts = series_prompts(series, template, template_format=template_format, na=checked.na)
+        llm = llm or default_llm()
+        verb = Generate(
+            llm,
+            row_params(sampling_params, llm, len(series)),
+            chat=chat,
+            system=system,
+            keeps_tokens=checked.journal is not None,
+        )
 
-        def result() -> pd.Series[Any]:
-            answers = _text_array(job.answers, series.index)
+        def make_series(rows: RowJob) -> pd.Series[Any]:
+            answers = text_column(rows.results, series.index)
             answers.name = series.name if out is None else out
             return answers
 
-        return _run(job, result, errors, on_interrupt, use_tqdm)
+        return RowCall(verb, prompts, checked, make_series)
 
 
-class _Job:
-    """The rows of one call, by position.
-
-    Attributes:
-        answers: a text, a list of texts, or None.
-        rows: positions of the rows that are answered, in the order in which the engine gets them.
-        errors: why a row has no answer, by position.
-        num_missing: rows whose values are missing.
-    """
-
-    def __init__(
-        self,
-        llm: LLM,
-        prompts: list[Any],
-        params: Params,
-        known: list[Any],
-        chat: bool | str,
-        system: str | None,
-    ) -> None:
-        self.llm = llm
-        self.answers = known
-        self.errors: dict[int, BaseException] = {}
-        self.num_missing = sum(prompt is None for prompt in prompts)
-        self.rows = [
-            row for row, prompt in enumerate(prompts) if prompt is not None and known[row] is None
-        ]
-        # What begins alike is computed together, wherever it stands in the frame.
-        self.rows.sort(key=lambda row: prompts[row] if isinstance(prompts[row], str) else "")
-        self._prompts = prompts
-        self._system = system
-        if chat == "auto":
-            tokenizer = llm._tokenizer
-            chat = tokenizer is not None and bool(llm.chat_template or tokenizer.chat_template)
-        self._chat = bool(chat) or system is not None
-        self._params: Any = params
-        if params is not None and not isinstance(params, SamplingParams):
-            if len(params) != len(prompts):
-                raise InvalidRequestError(
-                    f"sampling_params has {len(params)} entries for {len(prompts)} rows",
-                    parameter="sampling_params",
-                )
-            self._params = [params[row] for row in self.rows]
-
-    def run(self, bar: ProgressBar) -> None:
-        """Fill `answers` and `errors`."""
-        prompts = (self._render(self._prompts[row]) for row in self.rows)
-        with self.llm._call(self.llm._rows(prompts, self._params, None)) as call:
-            call.run(self._keep, bar)
-
-    def error_texts(self) -> list[str | None]:
-        """One per row, None where nothing went wrong."""
-        errors = self.errors
-        return [str(errors[row]) if row in errors else None for row in range(len(self.answers))]
-
-    def mark_unfinished(self) -> None:
-        """What an interrupt leaves behind."""
-        for row in self.rows:
-            if self.answers[row] is None and row not in self.errors:
-                self.errors[row] = Interrupted()
-
-    def _keep(self, number: int, output: RequestOutput) -> None:
-        row = self.rows[number]
-        if output.error is not None:
-            self.errors[row] = output.error
-        else:
-            texts = [completion.text for completion in output.outputs]
-            self.answers[row] = texts[0] if len(texts) == 1 else texts
-
-    def _render(self, prompt: Any) -> Any:
-        if isinstance(prompt, InvalidRequestError):
-            return EncodedPrompt(None, [], prompt)
-        messages = prompt if is_conversation(prompt) else None
-        if messages is None and self._chat and isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        if messages is None:
-            return prompt
-        if self._system is not None:
-            messages = [{"role": "system", "content": self._system}, *messages]
-        try:
-            return self.llm.render_chat(messages)
-        except InvalidRequestError as error:
-            return EncodedPrompt(None, [], error)
+def _with_old(answers: pd.Series[Any], old: list[Any] | None) -> pd.Series[Any]:
+    if old is None:
+        return answers
+    values = [
+        before if is_missing(new) else new
+        for before, new in zip(old, answers.tolist(), strict=True)
+    ]
+    return text_array([None if is_missing(v) else v for v in values], answers.index)
 
 
-def _run(job: _Job, result: Any, errors: str, on_interrupt: str, use_tqdm: Any) -> Any:
-    """Run a job to its end, or to the interrupt; `result()` makes what is returned."""
-    try:
-        with closing(
-            progress_bar(len(job.rows), "Generating", enabled=use_tqdm, unit="row")
-        ) as bar:
-            job.run(bar)
-    except KeyboardInterrupt:
-        job.mark_unfinished()
-        nbllm.last = result()
-        if on_interrupt == "raise":
-            raise Interrupted(partial=nbllm.last) from None
-        return nbllm.last
-    if job.errors and errors != "column":
-        first = next(iter(job.errors.values()))
-        if errors == "raise":
-            nbllm.last = result()
-            raise first
-        warnings.warn(
-            f"{len(job.errors)} of {len(job.rows)} rows failed; the first: {first}", stacklevel=3
-        )
-    return result()
+def _messages(cell: Any) -> list[Any]:
+    return list(cell) if isinstance(cell, list) else [{"role": "user", "content": str(cell)}]
 
 
-def _text_array(values: list[Any], index: pd.Index[Any]) -> pd.Series[Any]:
-    """A column of texts (missing: pandas.NA), or of lists of texts."""
-    if any(isinstance(value, list) for value in values):
-        return pd.Series(pd.array([*values, None], dtype=object)[:-1], index=index)
-    return pd.Series(pd.array(values, dtype="string"), index=index)
-
-
-def _values(frame: pd.DataFrame, column: Hashable) -> list[tuple[Any, bool]]:
-    values = frame[column]
-    missing = [not isinstance(value, list) and bool(pd.isna(value)) for value in values]
-    return list(zip(values.tolist(), missing, strict=True))
-
-
-def _check_choices(na: str, errors: str, on_interrupt: str, chat: bool | str) -> None:
-    for parameter, value, allowed in (
-        ("na", na, ("skip", "raise")),
-        ("errors", errors, ("column", "warn", "raise")),
-        ("on_interrupt", on_interrupt, ("raise", "return")),
-        ("chat", chat, (True, False, "auto")),
-    ):
-        if value not in allowed:
-            choices = ", ".join(map(repr, allowed))
-            raise InvalidRequestError(
-                f"{parameter} must be one of {choices}, got {value!r}", parameter=parameter
-            )
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,146 @@
+"""FrameJob: a DataFrame call that runs beside the cell.
+
+job = df.llm.submit("question", out="answer")
+job.frame       # as far as it has come
+job.result()    # waits
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import closing
+from typing import Any
+
+from nbllm.dataframe.row_job import RowJob
+from nbllm.errors import Interrupted
+from nbllm.progress import ProgressBar
+
+
+class FrameJob:
+    """A handle; `await job` and `job.result()` give what the call would have returned.
+
+    Args:
+        rows: what is run.
+        make_frame: the result, from what is there.
+        bar: shows the progress.
+        finish: called at the end, whatever comes: closes what the job holds.
+    """
+
+    def __init__(
+        self,
+        rows: RowJob,
+        make_frame: Callable[[], Any],
+        bar: ProgressBar,
+        finish: Callable[[], None],
+    ) -> None:
+        self._rows = rows
+        self._make_frame = make_frame
+        self._bar = bar
+        self._finish = finish
+        self._future: Future[Any] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._is_cancelled = False
+        self._thread = threading.Thread(target=self._run, name="nbllm-frame-job", daemon=True)
+        self._thread.start()
+
+    @property
+    def frame(self) -> Any:
+        """The result as far as the rows have ended; the others are missing."""
+        return self._make_frame()
+
+    @property
+    def num_done(self) -> int:
+        """Rows that have ended, well or not."""
+        return len(self._rows.settled)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are answered when it is done."""
+        return len(self._rows.rows)
+
+    def done(self) -> bool:
+        """True once `result` does not wait any more."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end.
+
+        Args:
+            timeout: seconds; TimeoutError after that, and the job goes on.
+
+        Raises:
+            Interrupted: the job was cancelled; `.partial` is the frame so far.
+        """
+        return self._future.result(timeout)
+
+    def cancel(self) -> None:
+        """Stop: what has ended is in `frame`, and in the journal. Idempotent."""
+        self._is_cancelled = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._loop.call_soon_threadsafe(self._cancel_task)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    def __repr__(self) -> str:
+        return f"FrameJob({self._state()}, {self.num_done:,} of {self.num_rows:,} rows)"
+
+    def _repr_html_(self) -> str:
+        share = self.num_done / max(self.num_rows, 1)
+        return (
+            f'<progress value="{share:.3f}" max="1"></progress> <code>{html.escape(repr(self))}'
+            "</code>"
+        )
+
+    async def _wait(self) -> Any:
+        future = asyncio.wrap_future(self._future)
+        future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except Interrupted as error:  # in a task, a KeyboardInterrupt would stop its whole loop
+            raise asyncio.CancelledError(str(error)) from error
+
+    def _state(self) -> str:
+        if not self.done():
+            return "running"
+        error = self._future.exception()
+        if error is None:
+            return "done"
+        return "cancelled" if isinstance(error, Interrupted) else f"failed: {error}"
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._outcome())
+        except BaseException as error:  # whoever waits gets it, and nobody waits for ever
+            self._future.set_exception(error)
+
+    def _outcome(self) -> Any:
+        """Run the rows to their end, or to the cancellation, and close what the job holds."""
+        try:
+            with closing(self._loop), closing(self._bar):
+                self._loop.run_until_complete(self._run_rows())
+        except asyncio.CancelledError:
+            self._rows.mark_unfinished()
+            raise Interrupted("the job was cancelled", partial=self._make_frame()) from None
+        finally:
+            self._finish()
+        return self._make_frame()
+
+    async def _run_rows(self) -> None:
+        self._task = asyncio.current_task()
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+        await self._rows.arun(self._bar)

@@ -1,0 +1,309 @@
+"""Verbs on the similarity of texts: the nearest rows of another frame, of a query, of each other.
+
+    df.llm.sim_join(products, "question", "description", k=3)
+    df.llm.topk("review", 10, query="it broke on the first day")
+    df.llm.dedup("title", min_similarity=0.97)
+
+All are exact: every pair is compared, by float32 matrix products on the LLM's device. A column may
+hold the vectors already (that of `embed`, say): then no model is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nbllm.checks import check_float, check_int
+from nbllm.dataframe.classify import ClassifyVerbs
+from nbllm.dataframe.embed import Embed, pop_pooling, series_embedding, vector_column
+from nbllm.dataframe.frame_verbs import FrameVerbs, read_options
+from nbllm.dataframe.nearest import nearest, similar_groups, unit_rows
+from nbllm.dataframe.pairs import Suffixes, merged, similar_pairs
+from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing
+from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.default_llm import default_llm
+from nbllm.errors import InvalidRequestError
+from nbllm.llm import LLM
+
+_ROUNDING = 1e-6
+
+
+@dataclass(slots=True)
+class VectorCall:
+    """Columns of vectors, and what is made of them.
+
+    Attributes:
+        columns: a call that makes a Series of vectors, or vectors, each.
+        finish: vectors of each column -> what is returned.
+    """
+
+    columns: list[RowCall | list[Any]]
+    finish: Callable[[list[list[Any]]], pd.DataFrame]
+
+    def run(self) -> pd.DataFrame:
+        """Embed, and finish."""
+        return self.finish([c if isinstance(c, list) else c.run().tolist() for c in self.columns])
+
+    async def arun(self) -> pd.DataFrame:
+        """`run` for any event loop."""
+        vectors = [c if isinstance(c, list) else (await c.submit()).tolist() for c in self.columns]
+        return await asyncio.to_thread(self.finish, vectors)
+
+
+class SimilarityVerbs(FrameVerbs):
+    """`df.llm.sim_join`, `topk` and `dedup`."""
+
+    def sim_join(
+        self, other: pd.DataFrame, left_on: Any, right_on: Any = None, **options: Any
+    ) -> pd.DataFrame:
+        """Join each row with the `k` most similar rows of another frame, by cosine similarity.
+
+        Args:
+            other: another frame.
+            left_on: column or template of this frame, as in `embed`; or a column of vectors.
+            right_on: the same of `other`; default: as `left_on`.
+
+        Keyword args:
+            k: rows of `other` for each row, default 1.
+            min_similarity: pairs that are less similar are left out; default: none is.
+            how: "inner" has the pairs only, "left" also the rows that have no partner.
+            suffixes: of columns that both frames have, as in `pandas.merge`.
+            out: name of the column with the similarities (-1 to 1), default "similarity".
+            errors: what becomes of a text that can't be embedded, and so has no partner: "warn"
+                (the default) or "raise".
+            pooling, dimensions, truncate_prompt_tokens, template_format, llm, na, dedupe, order,
+                journal, use_tqdm: as in `embed`.
+
+        Returns:
+            a new frame as `pandas.merge` makes it, the rows in the order of this frame and the
+            best partner first (of partners as similar, the first of `other`).
+
+        Raises:
+            InvalidRequestError, JournalError: as `embed`.
+            Interrupted: Ctrl-C; `.partial` has the vectors so far of the side that was embedded.
+        """
+        return self._sim_join(other, left_on, right_on, **options).run()
+
+    async def asim_join(
+        self, other: pd.DataFrame, left_on: Any, right_on: Any = None, **options: Any
+    ) -> pd.DataFrame:
+        """`sim_join` for any event loop; cancelling the task stops it."""
+        return await self._sim_join(other, left_on, right_on, **options).arun()
+
+    def topk(self, column_or_template: Any = None, k: int = 10, **options: Any) -> pd.DataFrame:
+        """The `k` rows most similar to a query, or likeliest by a question, best first.
+
+        Args:
+            column_or_template: as in `embed`; or a column of vectors. Not with a question.
+            k: how many; rows that have no vector or answer are never among them.
+
+        Keyword args:
+            query: a text; or a vector.
+            question: instead: a yes/no question with fields, as in `score`.
+            out: name of the column with the similarities (-1 to 1), default "similarity"; or with
+                p(yes), default "score".
+
+        The other arguments and errors are those of `sim_join`, or of `score`. The rows keep their
+        index.
+        """
+        if options.get("question") is None:
+            return self._topk(column_or_template, k, **options).run()
+        scores = ClassifyVerbs(self._frame)
+        question = _question(column_or_template, k, options)
+        return _likeliest(scores.score(question, **options), options["out"], k)
+
+    async def atopk(
+        self, column_or_template: Any = None, k: int = 10, **options: Any
+    ) -> pd.DataFrame:
+        """`topk` for any event loop; cancelling the task stops it."""
+        if options.get("question") is None:
+            return await self._topk(column_or_template, k, **options).arun()
+        scores = ClassifyVerbs(self._frame)
+        question = _question(column_or_template, k, options)
+        return _likeliest(await scores.ascore(question, **options), options["out"], k)
+
+    def dedup(
+        self, column_or_template: Any, min_similarity: float = 0.95, **options: Any
+    ) -> pd.DataFrame:
+        """The first row of each group of near-duplicates, with its index, in the frame's order.
+
+        Args:
+            column_or_template: as in `embed`; or a column of vectors.
+            min_similarity: two rows that are at least so similar are in one group, and so are
+                those that are linked by others.
+
+        Rows without a vector are kept. The keyword arguments and errors are those of `sim_join`,
+        as far as they concern the vectors.
+        """
+        return self._dedup(column_or_template, min_similarity, **options).run()
+
+    async def adedup(
+        self, column_or_template: Any, min_similarity: float = 0.95, **options: Any
+    ) -> pd.DataFrame:
+        """`dedup` for any event loop; cancelling the task stops it."""
+        return await self._dedup(column_or_template, min_similarity, **options).arun()
+
+    def _sim_join(
+        self,
+        other: pd.DataFrame,
+        left_on: Any,
+        right_on: Any = None,
+        *,
+        k: int = 1,
+        min_similarity: float | None = None,
+        how: str = "inner",
+        suffixes: Suffixes = ("_x", "_y"),
+        out: Hashable = "similarity",
+        llm: LLM | None = None,
+        **options: Any,
+    ) -> VectorCall:
+        frame, llm = self._frame, llm or default_llm()
+        if not isinstance(other, pd.DataFrame):
+            raise InvalidRequestError(
+                f"other must be a DataFrame, got {type(other).__name__}", parameter="other"
+            )
+        check_int("k", k, minimum=1)
+        check_choice("how", how, ("inner", "left"))
+        least = _check_similarity(-1.0 if min_similarity is None else min_similarity)
+        right_on = left_on if right_on is None else right_on
+        sides = [
+            vectors_of(side, source, llm, options)
+            for side, source in ((frame, left_on), (other, right_on))
+        ]
+        device = llm.config.device
+
+        def finish(vectors: list[list[Any]]) -> pd.DataFrame:
+            pairs = similar_pairs(vectors, device, k, least)
+            return merged(frame, other, pairs, out, how=how, suffixes=suffixes)
+
+        return VectorCall(sides, finish)
+
+    def _topk(
+        self,
+        column_or_template: Any,
+        k: int,
+        *,
+        query: Any = None,
+        question: None = None,
+        out: Hashable = "similarity",
+        llm: LLM | None = None,
+        **options: Any,
+    ) -> VectorCall:
+        frame, llm = self._frame, llm or default_llm()
+        check_int("k", k, minimum=0)
+        self._answers(out, [out])
+        rows = vectors_of(frame, column_or_template, llm, options)
+        asked: RowCall | list[Any] = [query]
+        if isinstance(query, str):
+            own = {name: v for name, v in options.items() if name != "template_format"}
+            asked = series_embedding(
+                pd.Series([query]), llm=llm, **(own | {"errors": "raise", "use_tqdm": False})
+            )
+        elif not is_vector(query):
+            raise InvalidRequestError("query must be a text or a vector", parameter="query")
+        device = llm.config.device
+
+        def finish(vectors: list[list[Any]]) -> pd.DataFrame:
+            texts, positions = unit_rows(vectors[0], device, "column_or_template")
+            wanted, _ = unit_rows(vectors[1], device, "query")
+            columns, similarity = nearest(wanted, texts, k, "query")
+            found = frame.iloc[positions[columns[0]]].copy()
+            found[out] = similarity[0]
+            return found
+
+        return VectorCall([rows, asked], finish)
+
+    def _dedup(
+        self,
+        column_or_template: Any,
+        min_similarity: float = 0.95,
+        *,
+        llm: LLM | None = None,
+        **options: Any,
+    ) -> VectorCall:
+        frame, llm = self._frame, llm or default_llm()
+        least = _check_similarity(min_similarity)
+        rows = vectors_of(frame, column_or_template, llm, options)
+        device = llm.config.device
+
+        def finish(vectors: list[list[Any]]) -> pd.DataFrame:
+            texts, positions = unit_rows(vectors[0], device, "column_or_template")
+            is_kept = np.ones(len(frame), dtype=bool)
+            is_kept[positions] = similar_groups(texts, least) == np.arange(len(positions))
+            return frame[is_kept].copy()
+
+        return VectorCall([rows], finish)
+
+
+def vectors_of(
+    frame: pd.DataFrame, source: Any, llm: LLM, options: dict[str, Any]
+) -> RowCall | list[Any]:
+    """The vectors of a frame's rows, or the call that makes a Series of them.
+
+    Args:
+        frame: not changed.
+        source: a column or template; or a column that holds vectors.
+        llm: embeds.
+        options: arguments of `embed`.
+
+    Raises:
+        InvalidRequestError: one of them is wrong.
+    """
+    options = dict(options)
+    pooled = pop_pooling(options)
+    template_format = options.pop("template_format", "f-string")
+    check_choice("template_format", template_format, FORMATS)
+    checked = read_options(options, errors="warn", label="Embedding")
+    if checked.errors == "column" or checked.on_interrupt == "return":
+        parameter = "errors" if checked.errors == "column" else "on_interrupt"
+        raise InvalidRequestError(
+            f"{parameter}={getattr(checked, parameter)!r} has no meaning here: the rows of the "
+            "result are not those of the frame",
+            parameter=parameter,
+        )
+    prompts = frame_prompts(frame, source, template_format=template_format, na=checked.na)
+    if isinstance(source, Hashable) and source in frame.columns:
+        cells = frame[source].tolist()
+        filled = [cell for cell in cells if not is_missing(cell)]
+        if filled and all(map(is_vector, filled)):
+            return cells
+    verb = Embed(llm, **pooled)
+    return RowCall(verb, prompts, checked, lambda rows: vector_column(rows.results, frame.index))
+
+
+def is_vector(cell: Any) -> bool:
+    """True for an array, or a list, of floats; token ids are none."""
+    if isinstance(cell, np.ndarray):
+        return cell.ndim == 1 and bool(np.issubdtype(cell.dtype, np.floating))
+    return isinstance(cell, list) and bool(cell) and all(type(item) is float for item in cell)
+
+
+def _question(column_or_template: Any, k: int, options: dict[str, Any]) -> Any:
+    """The question of `topk`; `options` become those of `score`."""
+    check_int("k", k, minimum=0)
+    if column_or_template is not None or options.pop("query", None) is not None:
+        raise InvalidRequestError(
+            "a question has the columns in itself: leave column_or_template and query out",
+            parameter="question",
+        )
+    options.setdefault("out", "score")
+    options.setdefault("errors", "warn")
+    check_choice("errors", options["errors"], ("warn", "raise"))
+    return options.pop("question")
+
+
+def _likeliest(scored: pd.DataFrame, out: Hashable, k: int) -> pd.DataFrame:
+    """The rows with the largest numbers; of equal ones the first."""
+    numbers = scored[out].to_numpy(dtype=float, na_value=np.nan)
+    order = np.argsort(-numbers, kind="stable")
+    return scored.iloc[order[~np.isnan(numbers[order])][:k]]
+
+
+def _check_similarity(value: float) -> float:
+    """What similarities are compared with: equal texts are not always 1 to the last bit."""
+    return check_float("min_similarity", value, minimum=-1.0, maximum=1.0) - _ROUNDING

@@ -1,0 +1,187 @@
+"""df.llm.generate: templates, sampling by row, twins, more columns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jinja2
+import pandas as pd
+import pytest
+
+from nbllm import LLM, InvalidRequestError, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    return pd.DataFrame({"a": [1, 2, 3], "b": [10, 20, 30]})
+
+
+def num_prompt_tokens(llm: LLM) -> int:
+    return int(llm.get_metrics()["prompt_tokens"])
+
+
+def test_all_kinds_of_templates_give_the_same_prompts(llm: LLM, frame: pd.DataFrame) -> None:
+    expected = frame.llm.generate("What is {a} + {b}?", GREEDY)["llm"].tolist()
+    assert "11" in expected[0]
+    text = "What is {{ a }} + {{ b }}?"
+    kinds: list[tuple[Any, dict[str, str]]] = [
+        (text, {"template_format": "jinja2"}),
+        (jinja2.Template(text), {}),
+        (lambda row: f"What is {row['a']} + {row['b']}?", {}),
+        (lambda row: [{"role": "user", "content": f"What is {row['a']} + {row['b']}?"}], {}),
+    ]
+    for template, options in kinds:
+        assert frame.llm.generate(template, GREEDY, **options)["llm"].tolist() == expected
+
+
+def test_a_row_that_a_function_does_not_suit_fails_alone(llm: LLM, frame: pd.DataFrame) -> None:
+    def template(row: dict[Any, Any]) -> str:
+        return f"What is {row['a']} + {30 // (row['a'] - 2)}?"
+
+    answered = frame.llm.generate(template, GREEDY)
+    assert answered["llm"].isna().tolist() == [False, True, False]
+    assert "division" in answered["llm_error"][1]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ a", "no Jinja template"), ("{{ c }}", "no column 'c'"), ("{% for %}", "no Jinja")],
+)
+def test_a_wrong_jinja_template_is_named(frame: pd.DataFrame, template: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        frame.llm.generate(template, template_format="jinja2")
+    assert caught.value.parameter == "column_or_template"
+
+
+def test_a_template_reaches_no_attribute_of_a_value(llm: LLM, frame: pd.DataFrame) -> None:
+    answered = frame.llm.generate("{{ a.__class__.__mro__ }}", GREEDY, template_format="jinja2")
+    assert answered["llm_error"].str.contains("unsafe|undefined|suit").all()
+
+
+def test_missing_values_may_be_filled(llm: LLM) -> None:
+    frame = pd.DataFrame({"who": ["you", None], "q": ["What is 1 + 1?"] * 2})
+    answered = frame.llm.generate("{who}{q}", GREEDY, na="fill")
+    assert answered["llm"].notna().all()
+    assert answered["llm"][1] == frame["q"].llm.generate(None, GREEDY)[1]
+
+
+def test_each_row_may_be_sampled_in_its_own_way(llm: LLM, frame: pd.DataFrame) -> None:
+    params = {"temperature": 0.0, "ignore_eos": True, "max_tokens": pd.Series([2, None, 5])}
+    answered = frame.llm.generate("Count from {a}.", params, include=["usage"])
+    tokens = answered["llm_completion_tokens"].tolist()
+    assert tokens[0] == 2 and tokens[2] == 5 and tokens[1] > 5
+
+
+@pytest.mark.parametrize(
+    ("params", "parameter"),
+    [
+        ({"temperatur": 1.0}, "sampling_params"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"seed": pd.Series([1])}, "seed"),
+    ],
+)
+def test_a_wrong_sampling_parameter_is_named(
+    llm: LLM, frame: pd.DataFrame, params: dict[str, Any], parameter: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        frame.llm.generate("{a}", params)
+    assert caught.value.parameter == parameter
+
+
+def test_rows_that_are_alike_are_computed_once(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["What is 2 + 2?", "What is 3 + 3?"] * 10})
+    alone = frame.head(2)["q"].llm.generate(None, GREEDY).tolist()
+    before = llm.get_metrics()["generation_tokens"]
+    answered = frame.llm.generate("q", GREEDY)
+    spent = llm.get_metrics()["generation_tokens"] - before
+    assert answered["llm"].tolist() == alone * 10
+    again = frame.llm.generate("q", GREEDY, dedupe=False)
+    assert again.equals(answered)
+    whole = llm.get_metrics()["generation_tokens"] - before - spent
+    assert whole == 10 * spent
+
+
+def test_rows_that_chance_decides_are_computed_each_unless_asked(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["Tell me a story."] * 6})
+    params = SamplingParams(temperature=1.5, max_tokens=10)
+    assert frame.llm.generate("q", params)["llm"].nunique() > 1
+    seeded = SamplingParams(temperature=1.5, max_tokens=10, seed=3)
+    assert frame.llm.generate("q", seeded)["llm"].nunique() == 1
+
+
+def test_twins_of_a_row_that_fails_have_its_error(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["word " * 4000, "word " * 4000, "What is 1 + 1?"]})
+    answered = frame.llm.generate("q", GREEDY)
+    assert answered["llm_error"].isna().tolist() == [False, False, True]
+    assert answered["llm_error"][0] == answered["llm_error"][1]
+
+
+def test_confidence_is_that_of_the_tokens(llm: LLM, frame: pd.DataFrame) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2)
+    include = ["conf", "ppl", "margin", "finish", "usage"]
+    answered = frame.llm.generate("Add {a}, {b}.", params, chat=False, include=include)
+    prompts = [f"Add {a}, {b}." for a, b in zip(frame["a"], frame["b"], strict=True)]
+    for row, output in enumerate(llm.generate(prompts, params, use_tqdm=False)):
+        completion = output.outputs[0]
+        mean = completion.cumulative_logprob / len(completion.token_ids)
+        leads = [
+            entry[token].logprob - max(e.logprob for t, e in entry.items() if t != token)
+            for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
+        ]
+        found = answered.iloc[row]
+        assert found["llm_conf"] == pytest.approx(math.exp(mean), rel=1e-4)
+        assert found["llm_ppl"] == pytest.approx(math.exp(-mean), rel=1e-4)
+        assert found["llm_margin"] == pytest.approx(min(leads), abs=1e-3)
+        assert found["llm_finish"] == completion.finish_reason
+        assert found["llm_prompt_tokens"] == len(output.prompt_token_ids)
+        assert found["llm_completion_tokens"] == len(completion.token_ids)
+    assert str(answered["llm_conf"].dtype) == "Float64"
+    assert str(answered["llm_completion_tokens"].dtype) == "Int64"
+
+
+def test_an_unknown_column_to_include_is_named(frame: pd.DataFrame) -> None:
+    with pytest.raises(InvalidRequestError, match="finish, usage") as caught:
+        frame.llm.generate("{a}", include=["cost"])
+    assert caught.value.parameter == "include"
+
+
+def test_several_texts_may_be_rows(llm: LLM, frame: pd.DataFrame) -> None:
+    params = SamplingParams(temperature=1.0, n=3, max_tokens=5, seed=1)
+    answered = frame.llm.generate("Say {a}.", params, explode=True)
+    assert answered.index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert answered["llm"].map(type).eq(str).all()
+
+
+def test_examples_are_shown_before_each_row(llm: LLM, frame: pd.DataFrame) -> None:
+    examples = pd.DataFrame({"a": [5], "b": [6], "sum": ["11"]})
+    shown = frame.llm.generate("{a} and {b}", GREEDY, examples=examples, out="sum")
+    messages = [
+        [
+            {"role": "user", "content": "5 and 6"},
+            {"role": "assistant", "content": "11"},
+            {"role": "user", "content": f"{a} and {b}"},
+        ]
+        for a, b in zip(frame["a"], frame["b"], strict=True)
+    ]
+    written = pd.DataFrame({"m": messages}).llm.chat("m", GREEDY, out="sum")
+    assert shown["sum"].tolist() == written["sum"].tolist()
+    with pytest.raises(InvalidRequestError, match="no column 'sum'"):
+        frame.llm.generate("{a}", examples=frame, out="sum")
+
+
+def test_a_conversation_goes_on(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    frame = pd.DataFrame({"talk": [talk, None]})
+    answered = frame.llm.chat("talk", GREEDY, out="next", reply="messages")
+    assert answered["next"][1] is None
+    assert answered["next"][0][:1] == talk and answered["next"][0][1]["role"] == "assistant"
+    assert "Paris" in answered["next"][0][1]["content"]
+    assert frame["talk"][0] == talk
+
+
+def test_an_argument_that_does_not_exist_is_a_type_error(frame: pd.DataFrame) -> None:
+    with pytest.raises(TypeError, match="'temperature'"):
+        frame.llm.generate("{a}", temperature=0.0)
