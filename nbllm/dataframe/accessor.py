@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from nbllm.dataframe.classify import ClassifySeriesVerbs, ClassifyVerbs
-from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_array, text_column
+from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_column
 from nbllm.dataframe.embed import EmbedSeriesVerbs, EmbedVerbs
 from nbllm.dataframe.extract import ExtractSeriesVerbs, ExtractVerbs
 from nbllm.dataframe.frame_job import FrameJob
@@ -35,6 +35,7 @@ from nbllm.dataframe.row_call import RowCall, check_choice
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.semantic_join import JoinVerbs
 from nbllm.dataframe.similarity import SimilarityVerbs
+from nbllm.dataframe.sources import unanswered, with_columns
 from nbllm.dataframe.summarize import register_groupby
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
@@ -193,7 +194,7 @@ class DataFrameAccessor(
         check_choice("chat", chat, (True, False, "auto"))
         check_choice("template_format", template_format, FORMATS)
         names = names_of(out, include, checked.errors)
-        old = self._answers(out, names, overwrite)
+        wanted = unanswered(frame, names, 1, overwrite)
         read = {"template_format": template_format, "na": checked.na}
         prompts = frame_prompts(frame, column_or_template, **read)
         llm = llm or default_llm()
@@ -208,15 +209,13 @@ class DataFrameAccessor(
         )
 
         def make_frame(rows: RowJob) -> pd.DataFrame:
-            answered = frame.copy()
-            answered[out] = _with_old(text_column(rows.results, frame.index), old)
+            columns = {out: text_column(rows.results, frame.index)}
             if checked.errors == "column":
-                answered[f"{out}_error"] = error_column(rows, frame.index)
-            for name, column in included(rows.results, frame.index, out, include).items():
-                answered[name] = column
-            return answered.explode(out) if explode else answered
+                columns[f"{out}_error"] = error_column(rows, frame.index)
+            columns |= included(rows.results, frame.index, out, include)
+            answered = with_columns(frame, columns, rows)
+            return answered.explode([out]) if explode else answered
 
-        wanted = None if old is None else [r for r, text in enumerate(old) if is_missing(text)]
         described = dict(
             options,
             column_or_template=column_or_template,
@@ -311,16 +310,6 @@ class SeriesAccessor(ClassifySeriesVerbs, EmbedSeriesVerbs, ExtractSeriesVerbs):
             return answers
 
         return RowCall(verb, prompts, checked, make_series)
-
-
-def _with_old(answers: pd.Series[Any], old: list[Any] | None) -> pd.Series[Any]:
-    if old is None:
-        return answers
-    values = [
-        before if is_missing(new) else new
-        for before, new in zip(old, answers.tolist(), strict=True)
-    ]
-    return text_array([None if is_missing(v) else v for v in values], answers.index)
 
 
 def _messages(cell: Any) -> list[Any]:

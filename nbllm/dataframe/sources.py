@@ -158,7 +158,7 @@ def _merged(old: pd.Series[Any], new: pd.Series[Any], is_new: Sequence[bool]) ->
         after if fresh else None if is_missing(before) else before
         for before, after, fresh in zip(old.tolist(), new.tolist(), is_new, strict=True)
     ]
-    dtype: Any = new.dtype
+    dtype: Any = object if any(isinstance(value, list) for value in values) else new.dtype
     try:
         if isinstance(dtype, pd.CategoricalDtype):
             strange = {v for v in values if not is_missing(v)} - set(dtype.categories)

@@ -16,18 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nbllm
-from nbllm import LLM, Interrupted, InvalidRequestError, SamplingParams, set_default_llm
+from nbllm import LLM, Interrupted, InvalidRequestError, SamplingParams
 
 QUESTIONS = ["What is the capital of France?", "What is 17 + 25?", "What is the capital of Italy?"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(device="cpu", dtype="float32") as llm:
-        set_default_llm(llm)
-        yield llm
-        set_default_llm(None)
 
 
 @pytest.fixture

@@ -185,3 +185,19 @@ def test_a_conversation_goes_on(llm: LLM) -> None:
 def test_an_argument_that_does_not_exist_is_a_type_error(frame: pd.DataFrame) -> None:
     with pytest.raises(TypeError, match="'temperature'"):
         frame.llm.generate("{a}", temperature=0.0)
+
+
+def test_a_retry_answers_the_rows_without_an_answer_and_leaves_the_others(
+    llm: LLM, frame: pd.DataFrame
+) -> None:
+    options: dict[str, Any] = {"include": ["finish", "usage"]}
+    whole = frame.llm.generate("What is {a} + {b}?", GREEDY, **options)
+    holes = whole.copy()
+    holes.loc[1, ["llm", "llm_finish"]] = pd.NA
+    before = llm.get_metrics()["generation_tokens"]
+    again = holes.llm.retry(
+        column_or_template="What is {a} + {b}?", sampling_params=GREEDY, **options
+    )
+    spent = llm.get_metrics()["generation_tokens"] - before
+    pd.testing.assert_frame_equal(again, whole)
+    assert spent == whole["llm_completion_tokens"][1]

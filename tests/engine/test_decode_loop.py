@@ -20,6 +20,7 @@ from nbllm.engine.scheduler_output import SchedulerOutput
 
 MakeEngine = Callable[..., Engine]
 MakeRequest = Callable[..., Request]
+known_outcomes: dict[tuple[int, bool], Any] = {}  # the same for all tests
 OPTIONS: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "max_model_len": 96}
 
 
@@ -69,13 +70,16 @@ def outcomes(requests: list[Request]) -> list[tuple[Any, ...]]:
 def expected(make_engine: MakeEngine, make_request: MakeRequest) -> Callable[..., Any]:
     """What each job gives alone, one step at a time."""
 
-    def outcomes_alone(seed: int, **kind: bool) -> Any:
-        engine = make_engine(**OPTIONS)
-        requests = [make_request(prompt, **options) for prompt, options in make_jobs(seed, **kind)]
-        for request in requests:
-            engine.add(request)
-            run(engine)
-        return outcomes(requests)
+    def outcomes_alone(seed: int, on_device: bool = False) -> Any:
+        if (seed, on_device) not in known_outcomes:
+            engine = make_engine(**OPTIONS)
+            jobs = make_jobs(seed, on_device=on_device)
+            requests = [make_request(prompt, **options) for prompt, options in jobs]
+            for request in requests:
+                engine.add(request)
+                run(engine)
+            known_outcomes[seed, on_device] = outcomes(requests)
+        return known_outcomes[seed, on_device]
 
     return outcomes_alone
 
