@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.generate_verb import arguments_from_json
+from nbllm.dataframe.generate_verb import arguments_from_json, row_params
 from nbllm.dataframe.jobs import JobDescription, describe, find_llm
 from nbllm.dataframe.prompts import is_missing
 from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
-from nbllm.sampling_params import SamplingParams
 
 _ATTRS = "nbllm"
 
@@ -69,15 +68,17 @@ def reproduce(
             parameter="column",
         )
     arguments = arguments_from_json(call["arguments"])
-    params = arguments.get("sampling_params")
-    if isinstance(params, SamplingParams) and not params.is_greedy and params.seed is None:
-        raise InvalidRequestError(
-            f"{name!r} was sampled without a seed: it can't come out twice", parameter="column"
-        )
+    llm = llm or find_llm(call["model"])
+    if call["verb"] == "generate":  # the other verbs take no chances unless they are told to
+        params = row_params(arguments.get("sampling_params"), llm, 1)(0)
+        if not params.is_greedy and params.seed is None:
+            raise InvalidRequestError(
+                f"{name!r} was sampled without a seed: it can't come out twice", parameter="column"
+            )
     answered = [place for place, value in enumerate(frame[name]) if not is_missing(value)]
     places = sorted(random.Random(seed).sample(answered, min(rows, len(answered))))
     bare = frame.drop(columns=[c for c in frame.columns if known.get(str(c)) == call])
-    arguments |= {"llm": llm or find_llm(call["model"]), "use_tqdm": False, "overwrite": False}
+    arguments |= {"llm": llm, "use_tqdm": False, "overwrite": False}
     before = frame[name].iloc[places]
     alone = [
         getattr(bare.iloc[[place]].llm, call["verb"])(**arguments)[name].iloc[0] for place in places

@@ -119,6 +119,9 @@ def test_what_can_not_come_out_twice_is_said(
 ) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=4)
     sampled = frame.llm.generate("q", params)
+    same = frame.llm.generate("q", {"temperature": 1.0, "max_tokens": 4})
+    with pytest.raises(InvalidRequestError, match="without a seed"):
+        nbllm.reproduce(same)
     made = sampled.llm.generate(lambda row: str(row["q"]), GREEDY, out="other")
     with pytest.raises(InvalidRequestError, match=message):
         nbllm.reproduce(made, column)
