@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -200,38 +197,16 @@ def test_rows_that_begin_alike_reach_the_engine_one_after_the_other(
     assert result["llm"].dropna().tolist() == alone
 
 
-class InterruptingBar:
-    """A progress bar behind which the user presses Ctrl-C after the first row."""
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def update(self, count: int = 1) -> None:
-        _thread.interrupt_main()
-
-    def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C has its usual effect, also where a shell started the tests in the background."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_keeps_the_rows_that_are_done(llm: LLM) -> None:
+def test_an_interrupt_keeps_the_rows_that_are_done(llm: LLM, interrupting_bar: Any) -> None:
     frame = pd.DataFrame({"q": [QUESTIONS[0], "Once upon a time"]})
     params = [GREEDY, SamplingParams(temperature=1.0, seed=1, max_tokens=900, ignore_eos=True)]
     with pytest.raises(Interrupted) as caught:
-        frame.llm.generate("q", params, out="a", use_tqdm=InterruptingBar)
+        frame.llm.generate("q", params, out="a", use_tqdm=interrupting_bar)
     assert nbllm.last is caught.value.partial
     assert list(nbllm.last["a"].isna()) == [False, True]
     assert nbllm.last["a_error"][1] == "interrupted"
     returned = frame.llm.generate(
-        "q", params, out="a", use_tqdm=InterruptingBar, on_interrupt="return"
+        "q", params, out="a", use_tqdm=interrupting_bar, on_interrupt="return"
     )
     pd.testing.assert_frame_equal(returned, nbllm.last)
     assert llm.get_metrics()["num_requests_running"] == 0

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import datetime
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -196,33 +193,11 @@ def test_an_empty_polars_frame_has_the_same_columns(llm: LLM, frame: pl.DataFram
         assert len(empty) == 0
 
 
-class InterruptingBar:
-    """A progress bar behind which the user presses Ctrl-C after the first row."""
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def update(self, count: int = 1) -> None:
-        _thread.interrupt_main()
-
-    def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C has its usual effect, also where a shell started the tests in the background."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_what_an_interrupt_leaves_is_a_polars_frame(llm: LLM) -> None:
+def test_what_an_interrupt_leaves_is_a_polars_frame(llm: LLM, interrupting_bar: Any) -> None:
     frame = pl.DataFrame({"q": [FRANCE, "Once upon a time"]})
     slow = SamplingParams(temperature=1.0, seed=1, max_tokens=900, ignore_eos=True)
     with pytest.raises(Interrupted) as caught:
-        frame.llm.generate("q", [GREEDY, slow], use_tqdm=InterruptingBar)
+        frame.llm.generate("q", [GREEDY, slow], use_tqdm=interrupting_bar)
     partial = caught.value.partial
     assert isinstance(partial, pl.DataFrame)
     assert partial["llm"].is_null().to_list() == [False, True]
