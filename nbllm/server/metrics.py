@@ -65,13 +65,12 @@ _CACHE_CONFIG = {  # label -> field of `EngineConfig`
     "num_gpu_blocks": "num_gpu_blocks_override",
 }
 
-# Six ranges to a power of ten: a quantile that is read from them is known to a fifth.
-_STEPS = ("1", "1.5", "2", "3", "5", "7")
-_SECONDS = (
-    *(5e-4, 7e-4),
-    *(float(f"{step}e{power}") for power in range(-3, 3) for step in _STEPS),
-    1000.0,
+# The E24 series (IEC 60063): a quantile that is interpolated between them is right to some 5%.
+_STEPS = (
+    *("1", "1.1", "1.2", "1.3", "1.5", "1.6", "1.8", "2", "2.2", "2.4", "2.7", "3"),
+    *("3.3", "3.6", "3.9", "4.3", "4.7", "5.1", "5.6", "6.2", "6.8", "7.5", "8.2", "9.1"),
 )
+_SECONDS = (*(float(f"{step}e{power}") for power in range(-3, 3) for step in _STEPS), 1000.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _COUNTS = (1, 2, 5, 10, 20, 50, 100)
 _HTTP = "http_request_duration_seconds"
