@@ -1,0 +1,21 @@
+"""The tutorials in a real JupyterLab."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs_from_top_to_bottom(lab: Any, server: tuple[str, Path], path: Path) -> None:
+    shutil.copy(path, server[1])
+    lab.open(path.name)
+    lab.run_all()
+    assert lab.errors() == []
+    lab.screenshot(path.stem)
