@@ -167,6 +167,13 @@ class ModelConfig:
     final_softcap: float | None = None
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # None: the layer has no positions
+    # -- encoder
+    is_encoder: bool = False  # reads whole texts, in both directions, and generates none
+    position_offset: int = 0  # the first positions that XLM-RoBERTa leaves to padding
+    # -- embeddings
+    pooling: str = "last"  # what `PoolingParams` leaves open
+    normalize: bool = True
+    max_seq_length: int | None = None  # tokens of a text, as sentence-transformers cuts it
 
     @property
     def output_size(self) -> int:
@@ -178,8 +185,12 @@ class ModelConfig:
         """Tokens of prompt and output that the model can take.
 
         As in vLLM: the configuration's positions, times what its rotary embedding stretches them
-        by, unless they are the stretched length already.
+        by, unless they are the stretched length already. Encoders take what sentence-transformers
+        gives them.
         """
+        if self.is_encoder:
+            num_positions = self.max_position_embeddings - self.position_offset
+            return min(num_positions, self.max_seq_length or num_positions)
         stretched = [self.max_position_embeddings]
         for rope in self.layer_ropes:
             if rope is not None and rope.rope_type in ("linear", "dynamic", "yarn"):

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from nbllm.checks import check_int, fail
-from nbllm.config import EngineConfig
+from nbllm.config import EngineConfig, ModelConfig
 from nbllm.embedding_call import EmbeddingCall
 from nbllm.engine_call import check_errors, make_rows
 from nbllm.errors import Interrupted
@@ -17,15 +17,24 @@ from nbllm.pooling_params import PoolingParams
 
 
 class Embedder(ABC):
-    """Any model that generates text embeds it, too; how well is a matter of its training.
+    """Encoders embed text, and any model that generates it embeds it, too; how well is a matter of
+    its training.
 
     Prompts to embed are in the same batch as those that generate.
 
     Attributes:
         config: the resolved `EngineConfig`.
+        model_config: shape of the model.
     """
 
     config: EngineConfig
+    model_config: ModelConfig
+
+    def get_default_pooling_params(self) -> PoolingParams:
+        """What sentence-transformers' files in the model's folder say; without them, normalized,
+        the first token of an encoder (its [CLS]) and the last of a decoder."""
+        model = self.model_config
+        return PoolingParams(pooling=model.pooling, normalize=model.normalize)
 
     def embed(
         self,
@@ -40,10 +49,11 @@ class Embedder(ABC):
 
         Args:
             prompts, use_tqdm, priority: as in `LLM.generate`.
-            pooling_params: one for all prompts, or one each; None is `PoolingParams()`, the hidden
-                state of the last token, normalized.
-            truncate_prompt_tokens: take only so many of the last tokens of a longer prompt; -1 is
-                `max_model_len`, which a prompt may fill; None cuts nothing.
+            pooling_params: one for all prompts, or one each; None is `PoolingParams()`, the
+                model's own, see `get_default_pooling_params`.
+            truncate_prompt_tokens: take only so many tokens of a longer prompt: the last ones; for
+                an encoder the first ones, with the last, its [SEP]. -1 is `max_model_len`, which a
+                prompt may fill; None cuts nothing.
 
         Returns:
             one `EmbeddingRequestOutput` per prompt, whose vector is `.outputs.embedding`. A row

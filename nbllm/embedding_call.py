@@ -26,13 +26,11 @@ class EmbeddingProcessor:
     Args:
         row: text and token ids.
         request: of the prompt.
-        params: what the user asked for.
     """
 
-    def __init__(self, row: EncodedPrompt, request: Request, params: PoolingParams) -> None:
+    def __init__(self, row: EncodedPrompt, request: Request) -> None:
         self._row = row
         self._request = request
-        self._params = params
 
     @property
     def is_finished(self) -> bool:
@@ -64,8 +62,10 @@ class EmbeddingProcessor:
         return self.report() if ended else None
 
     def _finish(self, vector: np.ndarray) -> np.ndarray:
-        vector = vector[: self._params.dimensions]
-        if self._params.normalize:
+        params = self._request.pooling_params
+        assert params is not None
+        vector = vector[: params.dimensions]
+        if params.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), _MIN_NORM)
         return vector
 
@@ -76,7 +76,7 @@ class EmbeddingCall(EngineCall[PoolingParams, EmbeddingRequestOutput]):
     Args:
         rows, encode, thread, max_in_flight: as in `EngineCall`.
         factory: makes the requests.
-        max_prompt_tokens: of a prompt that is longer, only the last ones are taken; None refuses
+        max_prompt_tokens: a prompt that is longer is cut, see `RequestFactory.cut`; None refuses
             what does not fit.
     """
 
@@ -105,9 +105,9 @@ class EmbeddingCall(EngineCall[PoolingParams, EmbeddingRequestOutput]):
     ) -> tuple[list[Request], EmbeddingProcessor]:
         keep = self._max_prompt_tokens
         if keep is not None and len(row.token_ids) > keep:
-            row = EncodedPrompt(None, row.token_ids[-keep:], row.error)
+            row = EncodedPrompt(None, self._factory.cut(row.token_ids, keep), row.error)
         request = self._factory.make_pooling(row, params, priority=priority)
-        return [request], EmbeddingProcessor(row, request, params)
+        return [request], EmbeddingProcessor(row, request)
 
     def _error_output(
         self, request_id: str, row: EncodedPrompt, error: Exception

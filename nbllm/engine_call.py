@@ -18,6 +18,7 @@ from nbllm.engine.request_stream import Progress, RequestStream
 from nbllm.errors import InvalidRequestError, NbllmError
 from nbllm.inputs import EncodedPrompt
 from nbllm.progress import ProgressBar, progress_bar
+from nbllm.request_source import request_source
 
 if TYPE_CHECKING:
     from nbllm.engine.engine_thread import EngineThread
@@ -82,6 +83,7 @@ class EngineCall(ABC, Generic[ParamsT, OutputT]):
         self._thread = thread
         self._max_in_flight = max_in_flight
         self._reports_changes = reports_changes
+        self._source = request_source.get()
         self._active: dict[Request, tuple[int, Processor[OutputT]]] = {}
         self._untaken: dict[int, Processor[OutputT]] = {}  # rows whose end nobody has taken yet
         self._num_rows = 0
@@ -222,6 +224,7 @@ class EngineCall(ABC, Generic[ParamsT, OutputT]):
                 self._failed.append((number, failed))
                 continue
             for request in made:
+                request.source = self._source
                 self._active[request] = (number, processor)
             self._untaken[number] = processor
             self._num_in_flight += 1

@@ -30,6 +30,9 @@ class GenerationCall(EngineCall[SamplingParams, RequestOutput]):
         factory: makes the requests.
         tokenizer: for the texts, or None.
         output_kind: FINAL_ONLY yields each row once; otherwise each change of a row.
+
+    Raises:
+        InvalidRequestError: the model is an encoder.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class GenerationCall(EngineCall[SamplingParams, RequestOutput]):
         max_in_flight: int,
         output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
     ) -> None:
+        factory.check_generates()
         super().__init__(
             rows,
             encode=encode,

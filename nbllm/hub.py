@@ -14,6 +14,7 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 
 # The index files of the weights are among the *.json.
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "*.tiktoken"]
+_POOLING = "*_Pooling/config.json"  # of sentence-transformers: how hidden states become a vector
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TRUE_WORDS = ("1", "true", "yes", "on")
 
@@ -57,12 +58,15 @@ def _from_hugging_face(
 ) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    fetch = partial(snapshot_download, name, token=token, cache_dir=cache, ignore_patterns=["*/*"])
+    download = partial(snapshot_download, name, token=token, cache_dir=cache)
+    fetch = partial(download, ignore_patterns=["*/*"])
     api = HfApi(token=token)
     try:
         folder = Path(fetch(allow_patterns=_SMALL_FILES, revision=revision))
         # The commit that was found, for all that follows: a branch may move in between.
         commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+        if has_file(folder, "modules.json"):
+            download(allow_patterns=[_POOLING], revision=commit or revision)
         if commit is not None and _weights_are_in(folder, load_format):
             return folder
         files = api.list_repo_files(name, revision=commit or revision)
@@ -86,6 +90,8 @@ def _from_modelscope(name: str, revision: str | None, cache: str | None, load_fo
     fetch = partial(snapshot_download, name, cache_dir=cache, revision=revision)
     try:
         folder = Path(fetch(allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]))
+        if has_file(folder, "modules.json"):
+            fetch(allow_patterns=[_POOLING])
         if load_format in ("dummy", "tokenizer"):
             return folder
         for single in _weight_names(load_format):

@@ -20,6 +20,7 @@ from nbllm.embedding_call import EmbeddingCall
 from nbllm.engine.engine_thread import EngineThread
 from nbllm.engine.loading import LoadedEngine, load_engine
 from nbllm.engine_call import make_rows, raise_errors
+from nbllm.engine_monitor import EngineMonitor
 from nbllm.errors import Interrupted, InvalidRequestError
 from nbllm.generation_call import GenerationCall, Row, check_outputs
 from nbllm.hub import resolve_model
@@ -43,7 +44,7 @@ _live: weakref.WeakValueDictionary[int, LLM] = weakref.WeakValueDictionary()
 _numbers = count()  # of the LLMs, in the order in which they were made
 
 
-class LLM(Embedder):
+class LLM(Embedder, EngineMonitor):
     """Loads a model and generates text with it, many requests at once.
 
     All methods may be called from any thread, and all calls share one continuous batch. A notebook
@@ -335,6 +336,11 @@ class LLM(Embedder):
 
     # -- state --------------------------------------------------------------------------------
 
+    @property
+    def servers(self) -> list[Server]:
+        """Those of `serve` that run."""
+        return [server for server in list(self._servers) if server.is_running]
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; InvalidRequestError with `skip_tokenizer_init`."""
         if self._tokenizer is None:
@@ -353,10 +359,6 @@ class LLM(Embedder):
         kind, dtype = self.config.device.split(":")[0], str(self.config.dtype)
         return model_identity(self._folder, kind, dtype, self._load_format)
 
-    def get_metrics(self) -> dict[str, float | int]:
-        """Counters and gauges of the engine, under vLLM's names."""
-        return self._thread.call(lambda engine: engine.metrics())
-
     def prepare(self, sampling_params: SamplingParams) -> None:
         """Compile the grammar of `sampling_params`, for who must not wait for it in a call."""
         self._factory.prepare(sampling_params)
@@ -364,10 +366,6 @@ class LLM(Embedder):
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self._thread.call(lambda engine: engine.block_manager.drop_cached_prefixes())
-
-    def is_healthy(self) -> bool:
-        """True if the engine takes requests and its steps make progress."""
-        return self._thread.is_healthy()
 
     def close(self) -> None:
         """End all requests and give the memory back. Idempotent; also at the end of `with`."""
@@ -435,12 +433,14 @@ def _close_earlier_run(cell: NotebookCell | None) -> None:
             llm.close()
 
 
+def open_llms() -> list[LLM]:
+    """The `LLM`s of this kernel that are still open, in the order in which they were made."""
+    return [llm for _, llm in sorted(_live.items()) if llm._thread.error is None]
+
+
 def last_created_llm() -> LLM | None:
     """The `LLM` of this kernel that was made last and is still open, or None."""
-    for _, llm in sorted(_live.items(), reverse=True):
-        if llm._thread.error is None:
-            return llm
-    return None
+    return next(reversed(open_llms()), None)
 
 
 def _seed_source(seed: int) -> Any:

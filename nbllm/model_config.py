@@ -7,12 +7,16 @@ Both spellings of the files are read: those of transformers 4 (`torch_dtype`, `r
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nbllm.config import ModelConfig, RopeConfig
+from nbllm.config_numbers import optional_float, positive, positive_float, short
 from nbllm.errors import ModelLoadError
 from nbllm.model_files import has_file, read_json
+from nbllm.pooling_files import read_pooling
+from nbllm.rope_config import read_rope
 
 Raw = dict[str, Any]
 
@@ -28,35 +32,27 @@ _DECODER: dict[str, Raw] = {  # architecture -> what sets it apart from Llama
     "Gemma3ForCausalLM": {"norm_placement": "both", "norm_offset": 1.0, "qk_norm": "head"},
 }
 _OTHER = ("OPTForCausalLM", "GPT2LMHeadModel")
-
-# Far beyond any model there is: what is larger is an error or an attack, and must not come to the
-# point where memory is allocated or layers are counted.
-_LIMITS = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**18,
-    "intermediate_size": 2**20,
-    "num_hidden_layers": 2**10,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "head_dim": 2**12,
-    "max_position_embeddings": 2**26,
-    "word_embed_proj_dim": 2**18,
-    "sliding_window": 2**62,
-}
+_ENCODER = tuple(
+    f"{family}{kind}"
+    for family in ("Bert", "Roberta", "XLMRoberta", "ModernBert")
+    for kind in ("Model", "ForMaskedLM")
+)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read a model folder's configuration; errors as in `ModelConfig`."""
     raw = read_json(folder, "config.json")
     name = "generation_config.json"
-    return parse_model_config(raw, read_json(folder, name) if has_file(folder, name) else {})
+    generation_config = read_json(folder, name) if has_file(folder, name) else {}
+    config = parse_model_config(raw, generation_config)
+    return replace(config, **read_pooling(folder, is_encoder=config.is_encoder))
 
 
 def parse_model_config(raw: Raw, generation_config: Raw) -> ModelConfig:
     """The same from dicts."""
     architectures = raw.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    known = [*_DECODER, *_OTHER]
+    known = [*_DECODER, *_OTHER, *_ENCODER]
     if not isinstance(architecture, str) or architecture not in known:
         raise ModelLoadError(
             f"config.json: architecture {architecture!r} is not supported; supported are "
@@ -69,6 +65,8 @@ def parse_model_config(raw: Raw, generation_config: Raw) -> ModelConfig:
         if architecture in _DECODER:
             fields |= _DECODER[architecture]
             fields |= _decoder_fields(raw, architecture, fields)
+        elif architecture in _ENCODER:
+            fields |= _encoder_fields(raw, architecture, fields)
         else:
             fields |= _other_fields(raw, fields)
         return ModelConfig(
@@ -87,23 +85,23 @@ def _common_fields(raw: Raw, generation_config: Raw) -> Raw:
                 return raw[name]
         raise KeyError(names[0])
 
-    hidden_size = _positive(first("hidden_size", "n_embd"), "hidden_size")
-    num_heads = _positive(first("num_attention_heads", "n_head"), "num_attention_heads")
+    hidden_size = positive(first("hidden_size", "n_embd"), "hidden_size")
+    num_heads = positive(first("num_attention_heads", "n_head"), "num_attention_heads")
     inner = raw.get("ffn_dim") or raw.get("n_inner") or raw.get("intermediate_size")
     kv_heads = raw.get("num_key_value_heads") or num_heads
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    vocab_size = _positive(raw["vocab_size"], "vocab_size")
+    vocab_size = positive(raw["vocab_size"], "vocab_size")
     activation = raw.get("hidden_activation") or raw.get("hidden_act")
     return {
         "model_type": str(raw.get("model_type", "")),
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": _positive(inner or 4 * hidden_size, "intermediate_size"),
-        "num_layers": _positive(first("num_hidden_layers", "n_layer"), "num_hidden_layers"),
+        "intermediate_size": positive(inner or 4 * hidden_size, "intermediate_size"),
+        "num_layers": positive(first("num_hidden_layers", "n_layer"), "num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": _positive(kv_heads, "num_key_value_heads"),
-        "head_dim": _positive(raw.get("head_dim") or hidden_size // num_heads, "head_dim"),
-        "max_position_embeddings": _positive(
+        "num_kv_heads": positive(kv_heads, "num_key_value_heads"),
+        "head_dim": positive(raw.get("head_dim") or hidden_size // num_heads, "head_dim"),
+        "max_position_embeddings": positive(
             first("max_position_embeddings", "n_positions"), "max_position_embeddings"
         ),
         "dtype": str(dtype).removeprefix("torch."),
@@ -136,8 +134,8 @@ def _ties_by_default(raw: Raw) -> bool:
 def _other_fields(raw: Raw, fields: Raw) -> Raw:
     if fields["hidden_size"] % fields["num_heads"]:
         raise ValueError(f"{fields['num_heads']} heads don't divide {fields['hidden_size']}")
-    _positive(raw.get("word_embed_proj_dim") or fields["hidden_size"], "word_embed_proj_dim")
-    _positive_float(raw.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon")
+    positive(raw.get("word_embed_proj_dim") or fields["hidden_size"], "word_embed_proj_dim")
+    positive_float(raw.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon")
     default = "gelu_new" if raw.get("model_type") == "gpt2" else "relu"
     return {
         "num_kv_heads": fields["num_heads"],
@@ -147,12 +145,72 @@ def _other_fields(raw: Raw, fields: Raw) -> Raw:
     }
 
 
+def _encoder_fields(raw: Raw, architecture: str, fields: Raw) -> Raw:
+    num_layers, num_heads = fields["num_layers"], fields["num_heads"]
+    if fields["hidden_size"] % num_heads:
+        raise ValueError(f"{num_heads} heads don't divide {fields['hidden_size']}")
+    head_dim = fields["hidden_size"] // num_heads
+    result: Raw = {
+        "is_encoder": True,
+        "pooling": "cls",
+        "num_kv_heads": num_heads,
+        "head_dim": head_dim,
+        "layer_windows": (None,) * num_layers,
+    }
+    if architecture.startswith("ModernBert"):
+        positive_float(raw.get("norm_eps", 1e-5), "norm_eps")
+        result |= {
+            "hidden_act": str(raw.get("hidden_activation") or "gelu"),
+            "attention_bias": bool(raw.get("attention_bias", False)),
+            "mlp_bias": bool(raw.get("mlp_bias", False)),
+        }
+        return result | _modernbert_layers(raw, fields | result)
+    if raw.get("is_decoder") or raw.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError("only encoders with absolute positions are supported")
+    positive_float(raw.get("layer_norm_eps", 1e-12), "layer_norm_eps")
+    positive(raw.get("type_vocab_size", 2), "type_vocab_size")
+    offset = 0
+    if not architecture.startswith("Bert"):
+        padding = raw.get("pad_token_id", 1)
+        if type(padding) is not int or not 0 <= padding < fields["max_position_embeddings"] - 1:
+            raise ValueError(f"pad_token_id is {short(padding)}, and positions begin behind it")
+        offset = padding + 1
+    return result | {"hidden_act": str(raw.get("hidden_act") or "gelu"), "position_offset": offset}
+
+
+def _modernbert_layers(raw: Raw, fields: Raw) -> Raw:
+    """Every third layer sees the whole text, the others so many tokens on either side."""
+    num_layers = fields["num_layers"]
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        interval = positive(raw.get("global_attn_every_n_layers", 3), "global_attn_every_n_layers")
+        names = ("full_attention", "sliding_attention")
+        kinds = [names[i % interval != 0] for i in range(num_layers)]
+    if len(kinds) != num_layers:
+        raise ValueError(f"{len(kinds)} layer_types for {num_layers} layers")
+    window = positive(raw.get("local_attention", 128), "local_attention") // 2
+    parameters = raw.get("rope_parameters") or {}
+    ropes = {}
+    for kind, old, default in (
+        ("full_attention", "global_rope_theta", 160_000.0),
+        ("sliding_attention", "local_rope_theta", 10_000.0),
+    ):
+        given = {"rope_theta": raw.get(old) or default} | (parameters.get(kind) or {})
+        ropes[kind] = read_rope(given, raw, fields)
+        if ropes[kind].depends_on_length:
+            raise ValueError(f"rope_type {ropes[kind].rope_type!r} is not supported in encoders")
+    return {
+        "layer_windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "layer_ropes": tuple(ropes[kind] for kind in kinds),
+    }
+
+
 def _decoder_fields(raw: Raw, architecture: str, fields: Raw) -> Raw:
     num_heads, num_kv_heads = fields["num_heads"], fields["num_kv_heads"]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} heads can't share {num_kv_heads} key-value heads")
     result: Raw = {
-        "rms_norm_eps": _positive_float(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+        "rms_norm_eps": positive_float(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         "attention_bias": bool(raw.get("attention_bias", fields.get("attention_bias", False))),
         "output_bias": bool(raw.get("attention_bias", False)),
         "mlp_bias": bool(raw.get("mlp_bias", False)),
@@ -165,9 +223,9 @@ def _decoder_fields(raw: Raw, architecture: str, fields: Raw) -> Raw:
         scalar = raw.get("query_pre_attn_scalar") or 256
         result |= {
             "embedding_scale": math.sqrt(fields["hidden_size"]),
-            "attention_scale": _positive_float(scalar, "query_pre_attn_scalar") ** -0.5,
-            "attention_softcap": _optional_float(raw, "attn_logit_softcapping"),
-            "final_softcap": _optional_float(raw, "final_logit_softcapping"),
+            "attention_scale": positive_float(scalar, "query_pre_attn_scalar") ** -0.5,
+            "attention_softcap": optional_float(raw, "attn_logit_softcapping"),
+            "final_softcap": optional_float(raw, "final_logit_softcapping"),
         }
     return result
 
@@ -176,7 +234,7 @@ def _layer_windows(raw: Raw, architecture: str, num_layers: int) -> tuple[int | 
     window = raw.get("sliding_window")
     if window is None or raw.get("use_sliding_window") is False:
         return (None,) * num_layers
-    window = _positive(window, "sliding_window")
+    window = positive(window, "sliding_window")
     layer_types = raw.get("layer_types")
     if layer_types is not None:
         if len(layer_types) != num_layers:
@@ -207,11 +265,11 @@ def _layer_ropes(raw: Raw, architecture: str, fields: Raw) -> tuple[RopeConfig |
         else:
             full = {"rope_theta": raw.get("rope_theta", 1e6)} | (raw.get("rope_scaling") or {})
             local = {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
-        ropes = {True: _rope(local, raw, fields), False: _rope(full, raw, fields)}
+        ropes = {True: read_rope(local, raw, fields), False: read_rope(full, raw, fields)}
         return tuple(ropes[window is not None] for window in windows)
     if not parameters:
         parameters = {"rope_theta": raw.get("rope_theta", 1e4)} | (raw.get("rope_scaling") or {})
-    rope = _rope(parameters, raw, fields)
+    rope = read_rope(parameters, raw, fields)
     if architecture == "SmolLM3ForCausalLM":
         has_rope = raw.get("no_rope_layers")  # 1 where there IS a rotary embedding
         if has_rope is None:
@@ -221,84 +279,3 @@ def _layer_ropes(raw: Raw, architecture: str, fields: Raw) -> tuple[RopeConfig |
             raise ValueError(f"{len(has_rope)} no_rope_layers for {num_layers} layers")
         return tuple(rope if flag else None for flag in has_rope)
     return (rope,) * num_layers
-
-
-def _rope(parameters: Raw, raw: Raw, fields: Raw) -> RopeConfig:
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    rope_type = {"su": "longrope"}.get(rope_type, rope_type)
-    max_positions = fields["max_position_embeddings"]
-    original = max_positions
-    if rope_type != "dynamic":  # which stretches from what the model as a whole is made for
-        original = (
-            parameters.get("original_max_position_embeddings")
-            or raw.get("original_max_position_embeddings")
-            or max_positions
-        )
-    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
-    rope = RopeConfig(
-        rope_type=rope_type,
-        theta=_positive_float(
-            parameters.get("rope_theta", raw.get("rope_theta")) or 1e4, "rope_theta"
-        ),
-        rotary_dim=int(fields["head_dim"] * _positive_float(partial, "partial_rotary_factor")),
-        max_position_embeddings=max_positions,
-        original_max_position_embeddings=_positive(original, "max_position_embeddings"),
-        parameters=dict(parameters),
-    )
-    _check_rope(rope, fields["head_dim"])
-    return rope
-
-
-def _check_rope(rope: RopeConfig, head_dim: int) -> None:
-    """Everything that `nbllm.models.rope` computes with must be there and be a number."""
-    required: dict[str, tuple[str, ...]] = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": (),
-        "longrope": (),
-    }
-    if rope.rope_type not in required:
-        raise ValueError(f"rope_type {rope.rope_type!r} is not supported")
-    if not 2 < rope.rotary_dim <= head_dim or rope.rotary_dim % 2:
-        raise ValueError(f"{rope.rotary_dim} of {head_dim} dimensions of a head can't be rotated")
-    if rope.theta <= 1 or rope.original_max_position_embeddings < 2:
-        raise ValueError(f"rope_theta {rope.theta} or the original length is too small")
-    for name in required[rope.rope_type]:
-        _positive_float(rope.parameters[name], name)
-    optional = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
-    for name in optional:
-        if rope.parameters.get(name):
-            _positive_float(rope.parameters[name], name)
-    if rope.rope_type == "longrope":
-        for name in ("short_factor", "long_factor"):
-            factors = rope.parameters[name]
-            if not isinstance(factors, list) or len(factors) != rope.rotary_dim // 2:
-                raise ValueError(f"{name} must be a list of {rope.rotary_dim // 2} numbers")
-            for factor in factors:
-                _positive_float(factor, name)
-
-
-def _positive(value: Any, name: str) -> int:
-    """An integer from 1 to the limit of its name."""
-    if type(value) is not int or not 1 <= value <= _LIMITS[name]:
-        raise ValueError(f"{name} is {_short(value)}, not an integer in [1, {_LIMITS[name]}]")
-    return value
-
-
-def _positive_float(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} is {_short(value)}, not a number")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} is {_short(value)}, not a positive number")
-    return float(value)
-
-
-def _optional_float(raw: Raw, name: str) -> float | None:
-    return None if raw.get(name) is None else _positive_float(raw[name], name)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -168,6 +168,58 @@ class EmbeddingRequestOutput:
     error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestSnapshot:
+    """(addition) A request in flight, as it was when it was looked at.
+
+    Attributes:
+        request_id: unique within the `LLM`; "7-1" is the second continuation of prompt 7.
+        source: who asked: "cell", "dataframe", "server" or "widget".
+        status: "waiting" or "running".
+        num_prompt_tokens: of the prompt.
+        num_output_tokens: generated so far.
+        max_tokens: upper bound on generated tokens; 0 if the prompt is embedded.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        num_blocks: pages of the KV cache that it reads, shared ones too.
+        num_preemptions: how often it had to give its pages back.
+        age_s: seconds since it was made.
+    """
+
+    request_id: str
+    source: str
+    status: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_tokens: int
+    num_cached_tokens: int
+    num_blocks: int
+    num_preemptions: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """(addition) What `LLM.snapshot` sees: all of one moment, between two steps.
+
+    Attributes:
+        metrics: counters and gauges, as of `LLM.get_metrics`.
+        requests: in flight; those that run, then those that wait, in the order of their arrival.
+        num_by_source: how many there are, also of those that are not listed, by `source`.
+        block_size: tokens in a page of the KV cache.
+        num_blocks: pages.
+        num_used_blocks: of those, the ones that requests hold.
+        num_cached_blocks: of the others, the ones with a prefix that can be found again.
+    """
+
+    metrics: dict[str, float | int]
+    requests: tuple[RequestSnapshot, ...]
+    num_by_source: dict[str, int]
+    block_size: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
+
+
 @dataclass(slots=True)
 class BeamSearchSequence:
     """One beam: prompt and continuation together, as vLLM reports it.

@@ -122,7 +122,7 @@ class RequestFactory:
         if row.error is not None:
             raise row.error
         token_ids = self._check_prompt(row.token_ids)
-        self._check_pooling(params)
+        params = self._check_pooling(params)
         cache_salt = 0
         if self._rope_depends_on_length and self._config.enable_prefix_caching:
             cache_salt = self._model_config.rope_cache_salt(len(token_ids))
@@ -137,6 +137,22 @@ class RequestFactory:
             cache_salt=cache_salt,
             pooling_params=params,
         )
+
+    def cut(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """So many tokens of a longer prompt to embed: the last ones, where a decoder's vector is;
+        for an encoder the first ones, with the last, which ends every text."""
+        if self._model_config.is_encoder:
+            return token_ids[: num_tokens - 1] + token_ids[-1:]
+        return token_ids[-num_tokens:]
+
+    def check_generates(self) -> None:
+        """Raise InvalidRequestError if the model is an encoder."""
+        model = self._model_config
+        if model.is_encoder:
+            raise InvalidRequestError(
+                f"this model ({model.architecture}) embeds, it does not generate: use embed()",
+                parameter="model",
+            )
 
     def prepare(self, params: SamplingParams) -> None:
         """Compile the constraint of `params`, which takes up to a second, ahead of `make`."""
@@ -171,7 +187,8 @@ class RequestFactory:
             )
         return self._check_ids(token_ids, "prompt_token_ids")
 
-    def _check_pooling(self, params: PoolingParams) -> None:
+    def _check_pooling(self, params: PoolingParams) -> PoolingParams:
+        """The same, with what it leaves open from the model."""
         if not isinstance(params, PoolingParams):
             raise InvalidRequestError(
                 f"pooling_params must be PoolingParams, got {type(params).__name__}",
@@ -183,6 +200,16 @@ class RequestFactory:
                 f"dimensions={params.dimensions} is more than this model has: {size}",
                 parameter="dimensions",
             )
+        model = self._model_config
+        default = PoolingParams(pooling=model.pooling, normalize=model.normalize)
+        params = params.or_default(default)
+        if params.pooling == "cls" and not model.is_encoder:
+            raise InvalidRequestError(
+                f"pooling='cls' is for encoders: the first token of a {model.architecture} sees "
+                "nothing of the text",
+                parameter="pooling",
+            )
+        return params
 
     def _check_params(self, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):

@@ -23,8 +23,11 @@ LEAVES = {
     "histogram",
     "config",
     "model_config",
+    "config_numbers",
+    "rope_config",
+    "pooling_files",
 }
-FACES = {"dataframe", "server", "widgets", "cli", "bench", "dask", "ray"}
+FACES = {"dataframe", "server", "widgets", "magics", "cli", "bench", "dask", "ray"}
 NO_TORCH = {
     *LEAVES,
     "detokenizer",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def reference(model: Any, ids: list[int], params: PoolingParams) -> np.ndarray:
         states = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
     vector = states.mean(0) if params.pooling == "mean" else states[-1]
     vector = vector[: params.dimensions]
-    if params.normalize:
+    if params.normalize is not False:
         vector = torch.nn.functional.normalize(vector, dim=0)
     return vector.numpy()
 
@@ -163,13 +165,13 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM, demo: Any) -> None:
     for output, own in zip(outputs, params, strict=True):
         check(output, demo, own)
     assert [output.outputs.hidden_size for output in outputs[1:3]] == [16, 3]
-    assert not params[3].normalize
+    assert params[3].normalize is False
 
 
 @pytest.mark.parametrize(
     ("values", "parameter"),
     [
-        ({"pooling": "cls"}, "pooling"),
+        ({"pooling": "max"}, "pooling"),
         ({"pooling": ["mean"]}, "pooling"),
         ({"normalize": "no"}, "normalize"),
         ({"use_activation": 1}, "use_activation"),
@@ -187,6 +189,7 @@ def test_parameters_that_mean_nothing_are_refused(values: dict[str, Any], parame
     ("options", "parameter"),
     [
         ({"pooling_params": PoolingParams(dimensions=10**6)}, "dimensions"),
+        ({"pooling_params": PoolingParams(pooling="cls")}, "pooling"),
         ({"pooling_params": SamplingParams()}, "pooling_params"),
         ({"pooling_params": [PoolingParams()] * 2}, "pooling_params"),
         ({"priority": [1, 2]}, "priority"),
@@ -288,6 +291,28 @@ def test_an_interrupt_keeps_the_vectors_that_were_done(llm: LLM, demo: Any) -> N
     check(first, demo, PoolingParams())
     assert None in others
     assert llm.get_metrics()["num_requests_running"] == 0
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_decoder_made_for_embeddings_says_how(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, has_folder: bool
+) -> None:
+    checkpoint, model = make_checkpoint("Qwen3", head_dim=16)
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    kinds = ("Transformer", "Pooling")
+    modules = [{"path": kind, "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if has_folder:  # some have the list only
+        (folder / "Pooling").mkdir()
+        (folder / "Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    pooling = "mean" if has_folder else "last"
+    with LLM(folder, device="cpu", **TINY) as llm:
+        assert llm.get_default_pooling_params() == RAW[pooling]
+        for params in (None, PoolingParams(dimensions=8), PoolingParams(normalize=True)):
+            (output,) = llm.embed([5, 6, 7], pooling_params=params)
+            wanted = (params or RAW[pooling]).or_default(RAW[pooling])
+            check(output, model.base_model, wanted)
 
 
 def test_a_closed_llm_embeds_no_more(make_checkpoint: Callable[..., Any]) -> None:

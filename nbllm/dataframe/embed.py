@@ -58,7 +58,7 @@ class Embed(Verb):
         return [(prompt, self._params)]
 
     def identity(self, row: int) -> dict[str, Any]:
-        params = self._params
+        params = self._params.or_default(self.llm.get_default_pooling_params())
         return {
             "verb": "embed",
             "pooling": params.pooling,
@@ -89,11 +89,12 @@ class EmbedVerbs(FrameVerbs):
                 template; a list of messages in a cell goes through it.
 
         Keyword args:
-            pooling: "last" is the hidden state of the last token, "mean" the mean of all.
-            normalize: vectors of length 1 (the default).
+            pooling: "last" is the hidden state of the last token, "cls" that of the first (encoders
+                only), "mean" the mean of all; None (the default) is the model's own.
+            normalize: vectors of length 1; None (the default) is the model's own, mostly yes.
             dimensions: only the first ones, for models that were trained so; None keeps all.
-            truncate_prompt_tokens: take only so many of the last tokens of a longer text; -1 is
-                what the model takes at most; None (the default) makes an error of it.
+            truncate_prompt_tokens: take only so many tokens of a longer text, as `LLM.embed` does;
+                -1 is what the model takes at most; None (the default) makes an error of it.
             out: name of the new column, default "embedding"; a float32 numpy array of shape
                 [dimensions] per row, missing where there is none.
             overwrite, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,

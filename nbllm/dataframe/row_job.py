@@ -20,6 +20,7 @@ from nbllm.errors import Interrupted, InvalidRequestError
 from nbllm.inputs import EncodedPrompt
 from nbllm.llm import LLM
 from nbllm.progress import ProgressBar
+from nbllm.request_source import requests_from
 
 _WINDOW = 8_192  # rows whose prompts are in memory at once
 _CHUNK = 256  # rows that are tokenized at once
@@ -123,13 +124,13 @@ class RowJob:
             JournalError: results can't be kept any more.
         """
         self._bar = bar
-        with self._verb.open(self._engine_rows()) as call:
+        with self._open() as call:
             call.run(self._keep, _TokenBar(bar))
 
     async def arun(self, bar: ProgressBar) -> None:
         """`run` for any event loop; cancelling the task leaves what had ended."""
         self._bar, tokens = bar, _TokenBar(bar)
-        with self._verb.open(self._engine_rows()) as call:
+        with self._open() as call:
             async for number, output in call.aresults():
                 self._keep(number, output)
                 tokens.update(1, **call.token_counts(output))
@@ -139,6 +140,11 @@ class RowJob:
         for row in self.rows:
             if self.results[row] is None and row not in self.errors:
                 self.errors[row] = Interrupted()
+
+    def _open(self) -> Any:
+        """The call that the engine's share of the rows goes through."""
+        with requests_from("dataframe"):
+            return self._verb.open(self._engine_rows())
 
     def _engine_rows(self) -> Iterator[tuple[Any, Any, int]]:
         """What the engine has to compute; the other rows are settled on the way."""
@@ -155,7 +161,7 @@ class RowJob:
     def stream(self, bar: ProgressBar) -> Generator[None, None, None]:
         """`run`, in steps: gives way whenever rows have ended. Closing it stops the others."""
         self._bar, tokens = bar, _TokenBar(bar)
-        with self._verb.open(self._engine_rows()) as call:
+        with self._open() as call:
             for number, output in call.results():
                 self._keep(number, output)
                 tokens.update(1, **call.token_counts(output))

@@ -77,7 +77,7 @@ class JoinVerbs(FrameVerbs):
         candidates: int | None = None,
         left_on: Any = None,
         right_on: Any = None,
-        pooling: str = "last",
+        pooling: str | None = None,
         max_pairs: int = _MAX_PAIRS,
         how: str = "inner",
         suffixes: Suffixes = ("_x", "_y"),

@@ -57,6 +57,11 @@ class BlockManager:
         return len(self._empty) + len(self._cached)
 
     @property
+    def num_cached_blocks(self) -> int:
+        """Of the free ones, those that still hold a cached prefix."""
+        return len(self._cached)
+
+    @property
     def num_usable_blocks(self) -> int:
         """All pages but the null block."""
         return self.num_blocks - 1

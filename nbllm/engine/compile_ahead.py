@@ -15,14 +15,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from nbllm.engine.model_runner import ModelRunner
+from nbllm.engine.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def compile_ahead(runner: ModelRunner) -> Iterator[None]:
+def compile_ahead(runner: Runner[Any]) -> Iterator[None]:
     """Run steps of nobody in threads of their own, and wait for them at the end.
 
     What fails there fails again where somebody hears of it.
@@ -43,7 +44,7 @@ def compile_ahead(runner: ModelRunner) -> Iterator[None]:
             thread.join()
 
 
-def compile_later(runner: ModelRunner) -> None:
+def compile_later(runner: Runner[Any]) -> None:
     """Run the other steps of nobody, one after the other, in a thread that ends by itself.
 
     Args:

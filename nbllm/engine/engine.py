@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import chain, islice
+from typing import Any
 
 import torch
 
 from nbllm.config import EngineConfig
 from nbllm.engine.block_manager import BlockManager
-from nbllm.engine.model_runner import ModelRunner
 from nbllm.engine.pending_step import PendingStep, StepOutput
-from nbllm.engine.request import FinishReason, Request
+from nbllm.engine.request import FinishReason, Request, RequestStatus
+from nbllm.engine.runner import Runner
 from nbllm.engine.scheduler import Scheduler
 from nbllm.engine.scheduler_output import SchedulerOutput
 from nbllm.errors import EngineDeadError, RequestFailedError
 from nbllm.histogram import Histogram
+from nbllm.outputs import EngineSnapshot, RequestSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, *, check_integrity: bool = False
+        self, runner: Runner[Any], config: EngineConfig, *, check_integrity: bool = False
     ) -> None:
         assert config.num_gpu_blocks_override is not None
         assert config.block_size is not None
@@ -152,6 +155,23 @@ class Engine:
             },
         }
 
+    def snapshot(self, max_requests: int | None = None) -> EngineSnapshot:
+        """What is in the engine now; lists at most `max_requests`, those that run first."""
+        scheduler, blocks = self.scheduler, self.block_manager
+        now = time.monotonic()
+        running = chain(scheduler.running, scheduler.ending)
+        waiting = (r for r in scheduler.requests.values() if r.status is RequestStatus.WAITING)
+        listed = islice(chain(running, waiting), max_requests)
+        return EngineSnapshot(
+            metrics=self.metrics(),
+            requests=tuple(_snapshot(request, now) for request in listed),
+            num_by_source=dict(Counter(r.source for r in scheduler.requests.values())),
+            block_size=blocks.block_size,
+            num_blocks=blocks.num_usable_blocks,
+            num_used_blocks=blocks.num_usable_blocks - blocks.num_free_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+        )
+
     @property
     def _max_steps(self) -> int:
         """Steps in a row, as many as take no longer than they should."""
@@ -241,7 +261,22 @@ class Engine:
         self.finished_counts[request.finish_reason] += 1
 
 
-def _is_device_dead(runner: ModelRunner, error: BaseException) -> bool:
+def _snapshot(request: Request, now: float) -> RequestSnapshot:
+    return RequestSnapshot(
+        request_id=request.request_id,
+        source=request.source,
+        status=request.status.value,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=request.num_output_tokens,
+        max_tokens=request.max_tokens if request.pooling_params is None else 0,
+        num_cached_tokens=request.num_cached_tokens,
+        num_blocks=len(request.block_table),
+        num_preemptions=request.metrics.num_preemptions,
+        age_s=now - request.metrics.arrival_time,
+    )
+
+
+def _is_device_dead(runner: Runner[Any], error: BaseException) -> bool:
     """True if the CUDA context is lost: from then on every call on the device fails."""
     if runner.device.type != "cuda":
         return False

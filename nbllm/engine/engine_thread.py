@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import queue
 import sys
@@ -142,8 +143,13 @@ class EngineThread:
         except (EngineClosedError, EngineDeadError):
             pass  # they ended with the engine
 
-    def call(self, function: Callable[[Engine], T]) -> T:
-        """Run `function(engine)` between two steps and return its result."""
+    def call(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
+        """Run `function(engine)` between two steps and return its result.
+
+        Raises:
+            TimeoutError: no step ended within `timeout_s`; None waits as long as it takes.
+        """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         # Not a Future: an interrupt of its reader can leave its lock taken, see `RequestStream`.
         done: queue.SimpleQueue[None] = queue.SimpleQueue()
         results: list[T] = []
@@ -160,9 +166,11 @@ class EngineThread:
         self._send(run)
         while True:  # wakes now and then, so that the end of the thread is noticed
             try:
-                done.get(timeout=0.5)
+                done.get(timeout=max(min(0.5, deadline - time.monotonic()), 0.0))
                 break
             except queue.Empty:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"the engine was busy for {timeout_s} s") from None
                 if self._end is not None and not self._thread.is_alive():
                     raise self._end from None
         if errors:

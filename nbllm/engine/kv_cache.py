@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _GIB = 1024**3
 _CPU_SHARE = 0.4  # of the RAM that is available: the notebook's own data needs the rest
+_ENCODER_BLOCK_SIZE = 256
 _CPU_LIMIT = 8 * _GIB  # pages are touched only when used, but a laptop should not be filled up
 
 
@@ -64,11 +65,13 @@ def resolve_config(
         OutOfMemoryError: the cache that was asked for does not fit; says by how much.
     """
     gc.collect()
-    config = _choose_sizes(config, device)
+    config = _choose_sizes(config, device, model.is_encoder)
     assert config.block_size is not None
     assert config.max_num_seqs is not None
     block_size = config.block_size
     wanted_len = config.max_model_len or model.max_context_len
+    if model.is_encoder:
+        return _encoder_config(config, wanted_len, device, dtype)
     per_block = block_size_bytes(model, block_size, kv_cache_dtype or dtype)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
@@ -108,13 +111,38 @@ def resolve_config(
     )
 
 
-def _choose_sizes(config: EngineConfig, device: torch.device) -> EngineConfig:
+def _encoder_config(
+    config: EngineConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+) -> EngineConfig:
+    """Texts are computed whole, in one step, and leave nothing in a cache.
+
+    The accounting has pages all the same, of no bytes, as many as two steps can take: those of the
+    one that runs keep theirs while the next is scheduled.
+    """
+    assert config.max_num_seqs is not None
+    assert config.max_num_batched_tokens is not None
+    num_tokens = max(config.max_num_batched_tokens, max_model_len)
+    num_pages = -(-num_tokens // _ENCODER_BLOCK_SIZE) + config.max_num_seqs
+    return replace(
+        config,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        max_num_batched_tokens=num_tokens,
+        block_size=_ENCODER_BLOCK_SIZE,
+        num_gpu_blocks_override=2 * num_pages + 1,
+        enable_prefix_caching=False,
+        enable_chunked_prefill=False,
+    )
+
+
+def _choose_sizes(config: EngineConfig, device: torch.device, is_encoder: bool) -> EngineConfig:
     """Sizes of pages and steps that the user left open, by the kind of device."""
     on_gpu = device.type == "cuda"
     big_gpu = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 70 * _GIB
     max_num_seqs = config.max_num_seqs or (1024 if big_gpu else 256 if on_gpu else 64)
     max_num_batched_tokens = config.max_num_batched_tokens or (
-        (16384 if big_gpu else 8192) if on_gpu else 512
+        (16384 if big_gpu else 8192) if on_gpu else (1024 if is_encoder else 512)
     )
     return replace(
         config,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nbllm.config import EngineConfig, ModelConfig
 from nbllm.engine.compile_ahead import compile_ahead, compile_later
+from nbllm.engine.encoder_runner import EncoderRunner
 from nbllm.engine.engine import Engine
 from nbllm.engine.kv_cache import resolve_config
 from nbllm.engine.model_runner import ModelRunner
+from nbllm.engine.runner import Runner
 from nbllm.errors import InvalidRequestError, MissingCompilerError, ModelLoadError
-from nbllm.models import allocate_model, fill_model
+from nbllm.models import CausalLM, Encoder, allocate_model, fill_model
 from nbllm_kernels import release_threads, rms_norm
 
 
@@ -76,14 +79,16 @@ def _load(
         batch_invariant=config.batch_invariant,
     )
 
-    def make_runner() -> tuple[EngineConfig, ModelRunner]:
+    def make_runner() -> tuple[EngineConfig, Runner[Any]]:
         kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
         resolved = resolve_config(
             config, model_config, device=device, dtype=dtype, kv_cache_dtype=kv_dtype
         )
-        runner = ModelRunner(
-            model, model_config, resolved, device=device, kv_cache_dtype=kv_dtype, stream=stream
-        )
+        place: dict[str, Any] = {"device": device, "stream": stream}
+        if isinstance(model, Encoder):
+            return resolved, EncoderRunner(model, model_config, resolved, **place)
+        assert isinstance(model, CausalLM)
+        runner = ModelRunner(model, model_config, resolved, kv_cache_dtype=kv_dtype, **place)
         return resolved, runner
 
     if stream is not None:

@@ -1,30 +1,26 @@
-"""ModelRunner: runs the model on one step's batch and samples. Owns the weights and the KV
-cache."""
+"""ModelRunner: runs a model that generates on one step's batch, and samples."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbllm.config import EngineConfig, ModelConfig
-from nbllm.engine.batch import RING, Batch, StepInput
+from nbllm.engine.batch import RING, StepInput
 from nbllm.engine.cuda_graph import GraphCache
 from nbllm.engine.decode_loop import DecodeLoop
 from nbllm.engine.kv_cache import allocate_kv_caches
 from nbllm.engine.logprobs import LogprobReport, report_logprobs, wanted_logprobs
 from nbllm.engine.pending_step import PendingStep, StepOutput
-from nbllm.engine.pooler import PooledStates, Pooler
+from nbllm.engine.pooler import PooledStates
 from nbllm.engine.prompt_graphs import MIN_SEQS, PromptGraphs
+from nbllm.engine.runner import Runner
 from nbllm.engine.sampler import SamplingKind, draw, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
@@ -40,23 +36,12 @@ _REHEARSED_KINDS = [
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 
 
-class ModelRunner:
-    """Runs steps on one device, on one stream if that is a GPU.
+class ModelRunner(Runner[CausalLM]):
+    """Runs the steps of a model that generates, see `Runner`.
 
     Args:
-        model: weights loaded.
-        model_config: its shape.
-        config: the resolved configuration.
-        device: where the model is.
+        model, model_config, config, device, stream: as in `Runner`.
         kv_cache_dtype: of keys and values, normally the model's dtype.
-        stream: on which it works; None on a CPU.
-
-    Attributes:
-        max_steps: steps that may run in a row, see `SchedulerOutput.num_steps`.
-        max_launch_s: seconds that they should take together, so that a new request need not wait
-            long for its turn; None is no bound.
-        max_pending_steps: launches that may be enqueued at a time. With two, the device has
-            something to do while the host takes a result and schedules what follows.
     """
 
     def __init__(
@@ -69,23 +54,10 @@ class ModelRunner:
         kv_cache_dtype: torch.dtype,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        assert config.max_num_seqs is not None
-        assert config.max_model_len is not None
-        assert config.block_size is not None
-        self.model = model
-        self.device = device
+        super().__init__(model, model_config, config, device=device, stream=stream)
         self.vocab_size = model_config.vocab_size
         self.kv_caches = allocate_kv_caches(
             config, model_config, device=device, dtype=kv_cache_dtype
-        )
-        self.batch = Batch(
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            block_size=config.block_size,
-            vocab_size=self.vocab_size,
-            device=device,
-            batch_invariant=config.batch_invariant,
-            needs_prompt_lens=model_config.length_rope is not None,
         )
         on_gpu = device.type == "cuda"
         captures = on_gpu and not config.enforce_eager and model_config.length_rope is None
@@ -94,12 +66,8 @@ class ModelRunner:
         self.prompt_graphs = PromptGraphs(
             model, self.batch, self.kv_caches, self.graphs, model_config
         )
-        self.pooler = Pooler(self.batch)
         self.max_steps = RING if captures else 1
         self.max_launch_s = _MAX_LAUNCH_S if captures else None
-        self.max_pending_steps = 2 if on_gpu else 1
-        self._stream = stream
-        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self._rehearsing = threading.Lock()
         self._is_released = False
 
@@ -210,65 +178,18 @@ class ModelRunner:
         hidden = hidden[buffers["logits_indices"]]
         return self._sample(hidden, step.sampled, step.sampled_rows, result), pooled
 
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _pend(self, step: PendingStep) -> PendingStep:
-        """Send results to the host, beside whatever is enqueued next."""
-        if self._stream is None or self._copy_stream is None:
-            return step
-        self._copy_stream.wait_stream(self._stream)
-        with torch.cuda.stream(self._copy_stream):
-            step.generated = _to_host(step.generated)
-            if step.logprobs is not None:
-                step.logprobs.tensors = step.logprobs.tensors.map(_to_host)
-            if step.pooled is not None:
-                step.pooled.vectors = _to_host(step.pooled.vectors)
-            step.event = torch.cuda.Event()
-            step.event.record()
-        return step
-
     def release(self) -> None:
-        """Drop weights, KV cache and tables, whoever still holds a reference to this object."""
+        """See `Runner.release`."""
         with self._rehearsing:
             self._is_released = True
-        try:
-            # The memory goes to others, who work on other streams.
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        except RuntimeError:
-            pass  # the device is dead
-        self.kv_caches.clear()  # in place: a frame of a traceback may hold the list
-        for module in list(self.model.modules()):
-            vars(module).clear()  # a traceback may keep a layer alive, but not its weights
-        del self.model
+        super().release()
+
+    def _forget(self) -> None:
+        super()._forget()
         del self.decode_loop
         del self.prompt_graphs
-        del self.pooler
         self.graphs.clear()
         del self.graphs
-        del self.batch
-        gc.collect()
-        if self.device.type == "cuda":
-            # cuBLAS keeps a workspace for every stream that it was used on; ours is gone.
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
-        elif sys.platform == "linux":
-            # glibc keeps what was freed below something that is still in use; ask it not to.
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
-
-    @torch.inference_mode()
-    def zero_blocks(self, blocks: list[int]) -> None:
-        """Erase pages whose content is unknown: a NaN left there would spoil their next owner.
-
-        Page by page and without a new tensor: what failed may have been the memory.
-        """
-        with self._on_stream():
-            for kv_cache in self.kv_caches:
-                for block in blocks:
-                    kv_cache[:, block].zero_()
 
     def _sample(
         self,
@@ -323,10 +244,3 @@ class ModelRunner:
                 report = report_logprobs(logits, targets, [(num_wanted, None)] * (last - first))
                 entries += report.entries()  # now: of a long prompt they would be too many
             result.prompt_logprobs[request] = entries
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, enqueued on the current stream."""
-    tensor.record_stream(torch.cuda.current_stream())  # not reused before the copy is made
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -49,7 +49,7 @@ class Pooler:
             hidden: [num_tokens, hidden_size], of the step's tokens in its order.
             output: the step.
         """
-        last: dict[Request, int] = {}  # -> row of `hidden`
+        rows: dict[Request, int] = {}  # of `hidden`
         means: dict[Request, Tensor] = {}
         end = output.num_decodes
         for item in output.scheduled[output.num_decodes :]:
@@ -61,14 +61,14 @@ class Pooler:
                 total = self._sum(item, hidden[begin:end])
                 if item.num_sampled_tokens:
                     means[request] = total / request.num_prompt_tokens
-            elif item.num_sampled_tokens:
-                last[request] = end - 1
+            elif item.num_sampled_tokens:  # an encoder, which has a first state, takes it whole
+                rows[request] = begin if params.pooling == "cls" else end - 1
         vectors: list[Tensor] = []
-        if last:
-            vectors.append(hidden[self._batch.to_device(list(last.values()))[0]].float())
+        if rows:
+            vectors.append(hidden[self._batch.to_device(list(rows.values()))[0]].float())
         if means:
             vectors.append(torch.stack(list(means.values())).float())
-        return PooledStates([*last, *means], torch.cat(vectors)) if vectors else None
+        return PooledStates([*rows, *means], torch.cat(vectors)) if vectors else None
 
     def _sum(self, item: ScheduledRequest, states: Tensor) -> Tensor:
         """[hidden_size] float64, of all states of a prompt so far."""

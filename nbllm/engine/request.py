@@ -111,6 +111,7 @@ class Request:
         constraint: what its output must follow, or None.
         stop_checker: called with newly sampled ids; returns the stop string they complete, if any.
         streaming: whether the reader wants to hear of every token or only of the end.
+        source: who asked, see `nbllm.request_source`.
         pooling_params: what is wanted is an embedding of the prompt; None wants tokens. It is
             booked as if it were the one token that the request samples, but is none.
         stop_ids: token ids that end the text, `min_tokens` permitting.
@@ -147,6 +148,7 @@ class Request:
     constraint: TokenConstraint | None = None
     stop_checker: StopChecker | None = None
     streaming: bool = False
+    source: str = "cell"
     pooling_params: PoolingParams | None = None
     stop_ids: list[int] = field(init=False)
     has_penalties: bool = field(init=False)

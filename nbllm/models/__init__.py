@@ -11,13 +11,13 @@ from torch import nn
 from nbllm.config import ModelConfig
 from nbllm.errors import ModelLoadError, OutOfMemoryError
 from nbllm.models.causal_lm import CausalLM
+from nbllm.models.encoder import Encoder
 from nbllm.models.layers import pack_weights
+from nbllm.models.model import Model
 from nbllm.models.weights import iterate_weights, weight_files
 
 
-def build_model(
-    config: ModelConfig, *, max_model_len: int, batch_invariant: bool = False
-) -> CausalLM:
+def build_model(config: ModelConfig, *, max_model_len: int, batch_invariant: bool = False) -> Model:
     """The model of `config.architecture` on the meta device: shapes, no memory.
 
     Args:
@@ -35,7 +35,7 @@ def build_model(
         )
 
 
-def _model_class(architecture: str) -> Callable[..., CausalLM]:
+def _model_class(architecture: str) -> Callable[..., Model]:
     if architecture == "OPTForCausalLM":
         from nbllm.models.opt import OPT
 
@@ -44,6 +44,14 @@ def _model_class(architecture: str) -> Callable[..., CausalLM]:
         from nbllm.models.gpt2 import GPT2
 
         return GPT2
+    if architecture.startswith("ModernBert"):
+        from nbllm.models.modernbert import ModernBert
+
+        return ModernBert
+    if architecture.startswith(("Bert", "Roberta", "XLMRoberta")):
+        from nbllm.models.bert import Bert
+
+        return Bert
     from nbllm.models.decoder import Decoder
 
     return Decoder
@@ -59,7 +67,7 @@ def allocate_model(
     load_format: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
-) -> CausalLM:
+) -> Model:
     """Build a model whose weights have their memory and hold anything.
 
     Args:
@@ -108,7 +116,7 @@ def _allocate_parameters(model: nn.Module, dtype: torch.dtype, device: torch.dev
 
 @torch.no_grad()
 def fill_model(
-    model: CausalLM, config: ModelConfig, folder: Path, *, load_format: str = "auto"
+    model: Model, config: ModelConfig, folder: Path, *, load_format: str = "auto"
 ) -> None:
     """Load the weights, or make random ones.
 
@@ -140,7 +148,7 @@ def _check_size(num_parameters: int, files: list[Path]) -> None:
         )
 
 
-def _fill_randomly(model: CausalLM, config: ModelConfig) -> None:
+def _fill_randomly(model: Model, config: ModelConfig) -> None:
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -150,4 +158,12 @@ def _fill_randomly(model: CausalLM, config: ModelConfig) -> None:
             parameter.normal_(0.0, 0.02, generator=generator)
 
 
-__all__ = ["CausalLM", "ModelLoadError", "allocate_model", "build_model", "fill_model"]
+__all__ = [
+    "CausalLM",
+    "Encoder",
+    "Model",
+    "ModelLoadError",
+    "allocate_model",
+    "build_model",
+    "fill_model",
+]

@@ -1,30 +1,24 @@
-"""CausalLM: what the engine expects of every model."""
+"""CausalLM: what the engine expects of every model that generates."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbllm.models.layers import LanguageModelHead
-from nbllm.models.weights import CheckpointTensor
+from nbllm.models.model import Model
 from nbllm_kernels import AttentionMetadata
 
 
-class CausalLM(nn.Module):
+class CausalLM(Model):
     """A decoder-only language model over a paged KV cache.
 
-    Its life: built on the meta device, given memory, `prepare`, `load_weights`, then `forward` and
-    `compute_logits` once per step. It holds no state of requests.
+    Steps take the `forward` of their tokens and `compute_logits` of some of them.
     """
 
     lm_head: LanguageModelHead
-
-    def prepare(self, device: torch.device) -> None:
-        """Compute tables that no checkpoint holds; most models need none."""
 
     @abstractmethod
     def forward(
@@ -45,11 +39,3 @@ class CausalLM(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[N, vocab_size] float32 logits of hidden states [N, hidden_size]."""
         return cast(Tensor, self.lm_head(hidden))
-
-    @abstractmethod
-    def load_weights(self, weights: Iterable[CheckpointTensor]) -> None:
-        """Copy a checkpoint's tensors in, fusing what the model computes in one product.
-
-        Raises:
-            ModelLoadError: tensors are missing, unexpected, of another shape or not finite.
-        """

@@ -1,4 +1,5 @@
-"""What OPT and GPT-2 have in common: learned positions, LayerNorm, plain multi-head attention."""
+"""What OPT, GPT-2 and BERT have in common: learned positions, LayerNorm, plain multi-head
+attention."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from nbllm_kernels import AttentionMetadata, paged_attention, store_kv
 class LayerNorm(nn.Module):
     """LayerNorm (Ba et al. 2016, arXiv:1607.06450), with or without learned weight and bias."""
 
-    def __init__(self, size: int, eps: float, *, is_affine: bool = True) -> None:
+    def __init__(self, size: int, eps: float, *, is_affine: bool = True, bias: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.size = size
@@ -25,7 +26,8 @@ class LayerNorm(nn.Module):
         self.bias: nn.Parameter | None = None
         if is_affine:
             self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-            self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
+            if bias:
+                self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
@@ -80,9 +82,10 @@ def check_classic_config(config: ModelConfig, max_model_len: int) -> None:
     # The three names of the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415).
     if config.hidden_act not in ("relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         raise ModelLoadError(f"config.json: activation {config.hidden_act!r} is not supported")
-    if max_model_len > config.max_position_embeddings:
+    num_positions = config.max_position_embeddings - config.position_offset
+    if max_model_len > num_positions:
         raise InvalidRequestError(
             f"max_model_len={max_model_len}, but {config.architecture} has learned positions for "
-            f"{config.max_position_embeddings} tokens only: lower max_model_len",
+            f"{num_positions} tokens only: lower max_model_len",
             parameter="max_model_len",
         )

@@ -51,12 +51,14 @@ class RotaryEmbedding:
             rows = [self._cos_sin(torch.outer(positions, row)) for row in self._inv_freq]
             self._table = torch.cat(rows)
 
-    def rows(self, positions: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
+    def rows(
+        self, positions: Tensor, metadata: AttentionMetadata | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What `nbllm_kernels.rotary` takes for these tokens.
 
         Args:
             positions: [num_tokens] int64.
-            metadata: of the step; `prompt_lens` matters where the length does.
+            metadata: of the step; `prompt_lens` matters where the length does, None elsewhere.
 
         Returns:
             [num_rows, rotary_dim] float32, cosines then sines; [num_tokens] int64, a row each.
@@ -80,12 +82,12 @@ class RotaryEmbedding:
         return torch.cat([angles.cos() * self._factor, angles.sin() * self._factor], dim=-1)
 
 
-def _text_lens(positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+def _text_lens(positions: Tensor, metadata: AttentionMetadata | None) -> Tensor:
     """[num_tokens]: how long the text was when each token was first computed.
 
     Without `prompt_lens` every token is a generated one, of a text that ends with it.
     """
-    if metadata.prompt_lens is None:
+    if metadata is None or metadata.prompt_lens is None:
         return positions + 1
     counts = metadata.query_start_loc.diff()
     prompt_lens = metadata.prompt_lens.repeat_interleave(counts, output_size=len(positions))

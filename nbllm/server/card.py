@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import time
+from collections.abc import Sequence
 from html import escape
+
+from nbllm.server.request_log import RequestRecord, ServerStats
 
 _SCHEMES = ("http://", "https://", "/")  # a link to a script would be one too
 
@@ -115,6 +119,34 @@ def card(
         for name, text in snippets
     )
     return "<div>" + "".join(f"<div>{row}</div>" for row in rows) + shown + "</div>"
+
+
+def requests_line(stats: ServerStats) -> str:
+    """How many requests there were, in a line."""
+    return (
+        f"{stats.num_running:,} running, {stats.num_requests:,} ended, {stats.num_failed:,} failed"
+        f"; {stats.prompt_tokens:,} prompt tokens, {stats.completion_tokens:,} generated tokens"
+    )
+
+
+def requests_table(stats: ServerStats, records: Sequence[RequestRecord]) -> str:
+    """HTML: the same, and a table of some requests."""
+    head = f"<div>Requests: {requests_line(stats)}</div>"
+    if not records:
+        return head
+    names = ("started", "route", "status", "seconds", "prompt tokens", "generated tokens")
+    rows = [f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"]
+    for record in records:
+        cells = (
+            time.strftime("%H:%M:%S", time.localtime(record.started)),
+            record.route,  # whatever the client wrote there
+            str(record.status or "…"),
+            "running" if record.seconds is None else f"{record.seconds:.2f}",
+            f"{record.prompt_tokens:,}",
+            f"{record.completion_tokens:,}",
+        )
+        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f"{head}<table>{''.join(rows)}</table>"
 
 
 def _link(url: str) -> str:

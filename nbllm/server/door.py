@@ -17,6 +17,7 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
+from nbllm.request_source import request_source
 from nbllm.server.errors import BodyTooLargeError, BodyTooSlowError, refusal
 from nbllm.server.protocol import error_body, to_json
 from nbllm.server.request_log import RequestLog, RequestRecord, note_error
@@ -89,6 +90,7 @@ class Door:
             return
         record = self.log.begin(self._path(scope)[:200])
         scope[RECORD] = record
+        request_source.set("server")  # each request has a task, hence a context, of its own
         reply = _Reply(record, send)
         try:
             await self._entry(scope, receive, reply.send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -34,8 +35,8 @@ class EmbeddingRequest(ServerRequest):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Int32, Field(ge=1)] | None = None
     user: str | None = None
-    pooling: Literal["last", "mean"] = "last"
-    normalize: bool = True
+    pooling: Literal["cls", "last", "mean"] | None = None  # None: the model's own
+    normalize: bool | None = None
     use_activation: bool | None = None  # vLLM's name of `normalize`
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     add_special_tokens: bool = True
@@ -76,8 +77,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         record = service.record_of(request)
         record.id = f"embd-{request_id(request, parsed)}"
         try:
-            keep = parsed.truncate_prompt_tokens
-            keep = service.llm.config.max_model_len if keep == -1 else keep
+            # The call cuts, and knows how.
+            keep = None if parsed.truncate_prompt_tokens is None else sys.maxsize
             prompts = await encode(service, parsed.prompts(), parsed.add_special_tokens, keep)
             body = await unless_disconnected(request, _answer(service, parsed, prompts, record))
         except InvalidRequestError as error:

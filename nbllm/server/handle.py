@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from nbllm.errors import NbllmError
-from nbllm.server.card import card, proxy_path
+from nbllm.server.card import card, proxy_path, requests_line, requests_table
 from nbllm.server.connection import Connection
 from nbllm.server.door import Door
 from nbllm.server.listen import Address
+from nbllm.server.live_card import LiveCard
 from nbllm.server.local_clients import make_client
 from nbllm.server.log_lines import describe
 from nbllm.server.request_log import ServerStats
@@ -34,6 +35,7 @@ logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
 
 _KEEP_ALIVE_S = 75  # longer than clients keep theirs, so that they don't find one closed
 _JOIN_S = 10.0  # for what is cancelled to end
+_NUM_SHOWN = 8  # requests in the card
 
 
 class _UvicornServer(uvicorn.Server):
@@ -98,6 +100,7 @@ class Server:
         self._lock = threading.Lock()  # one restart at a time
         self._on_stop: Callable[[], None] | None = None
         self._is_final = False
+        self._card = LiveCard(self._card_bundle, self._requests_bundle)
         self._start(port)
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -179,6 +182,17 @@ class Server:
             state.append("replaces that of this cell's earlier run")
         return f"Server({', '.join(state)})"
 
+    def _ipython_display_(self) -> None:
+        self._card.show()
+
+    def _card_bundle(self) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
+
+    def _requests_bundle(self) -> dict[str, str]:
+        stats = self.stats
+        table = requests_table(stats, self._app.log.recent(_NUM_SHOWN))
+        return {"text/plain": f"Requests: {requests_line(stats)}", "text/html": table}
+
     def _repr_html_(self) -> str:
         state = "running" if self.is_running else "stopped"
         if self._replaces:
@@ -225,6 +239,7 @@ class Server:
             raise NbllmError(f"the server did not start on {self.url}") from self._error
         over = "" if self.uds is None else f" over the Unix socket {self.uds}"
         self._app.log.lines.add(f"started on {self.base_url}{over}")
+        self._card.follow(self._thread)
 
     def _run(self) -> None:
         lines = self._app.log.lines

@@ -135,6 +135,10 @@ class RequestLog:
         )
         self.lines.add(record.line())
 
+    def recent(self, n: int) -> list[RequestRecord]:
+        """The last `n` requests, the newest first."""
+        return list(self._records)[: -n - 1 : -1]
+
     def frame(self) -> pd.DataFrame:
         """The recent requests, the oldest first: one row each, the fields of `RequestRecord`."""
         import pandas as pd

@@ -96,6 +96,16 @@ def test_dummy_weights_and_tokenizers_need_the_small_files_only(hub: Any, resolv
     }
 
 
+def test_what_sentence_transformers_says_about_pooling_comes_with_the_model(
+    hub: Any, resolve: Resolve
+) -> None:
+    about = {"modules.json": b"[]", "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}'}
+    hub.add("me/embedder", SMALL | about)
+    folder = Path(resolve("me/embedder")["folder"])
+    assert (folder / "1_Pooling" / "config.json").exists() and not (folder / "onnx").exists()
+    assert resolve("me/embedder", environment={"HF_HUB_OFFLINE": "1"})["folder"] == str(folder)
+
+
 def test_every_file_comes_from_the_revision_that_was_found_first(
     hub: Any, resolve: Resolve
 ) -> None:
