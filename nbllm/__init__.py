@@ -32,6 +32,8 @@ _EXPORTS = {
     "map_table": "nbllm.dataframe.arrow_frames",
     "serve": "nbllm.server.serve_model",
     "SamplingControls": "nbllm.widgets.sampling_controls",
+    "Playground": "nbllm.widgets.playground",
+    "Dashboard": "nbllm.widgets.dashboard",
     "allow_nested_asyncio": "nbllm.nested_asyncio",
     "TextPrompt": "nbllm.inputs",
     "TokensPrompt": "nbllm.inputs",
@@ -41,6 +43,8 @@ _EXPORTS = {
     "BeamSearchOutput": "nbllm.outputs",
     "EmbeddingOutput": "nbllm.outputs",
     "EmbeddingRequestOutput": "nbllm.outputs",
+    "EngineSnapshot": "nbllm.outputs",
+    "RequestSnapshot": "nbllm.outputs",
     "NbllmError": "nbllm.errors",
     "InvalidRequestError": "nbllm.errors",
     "PromptTooLongError": "nbllm.errors",
@@ -89,8 +93,10 @@ if TYPE_CHECKING:
         CompletionOutput,
         EmbeddingOutput,
         EmbeddingRequestOutput,
+        EngineSnapshot,
         Logprob,
         RequestOutput,
+        RequestSnapshot,
     )
     from nbllm.pooling_params import PoolingParams
     from nbllm.sampling_params import (
@@ -101,7 +107,14 @@ if TYPE_CHECKING:
         StructuredOutputsParams,
     )
     from nbllm.server.serve_model import serve
+    from nbllm.widgets.dashboard import Dashboard
+    from nbllm.widgets.playground import Playground
     from nbllm.widgets.sampling_controls import SamplingControls
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """`%load_ext nbllm`: the magics `%%llm` and `%nbllm`, see `nbllm.magics`."""
+    importlib.import_module("nbllm.magics").register(ipython)
 
 
 def __getattr__(name: str) -> Any:
@@ -110,6 +123,9 @@ def __getattr__(name: str) -> Any:
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module 'nbllm' has no attribute {name!r}")
+    if module.startswith("nbllm.dataframe."):
+        # Its import gives frames their `.llm`, for which that module must not be half imported.
+        importlib.import_module("pandas")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value

@@ -26,6 +26,7 @@ _COMMANDS = {
     "chat": ("nbllm.server.commands.chat", "talk to a server"),
     "complete": ("nbllm.server.commands.complete", "have a server go on with a text"),
     "run-batch": ("nbllm.server.commands.run_batch", "answer a file of requests"),
+    "nbcheck": ("nbllm.nbcheck", "find what of saved notebooks GitHub would not show"),
     "bench": ("nbllm.bench.run", "measure speed, with a check of the tokens"),
 }
 

@@ -82,3 +82,7 @@ def test_every_exported_name_exists_and_is_listed() -> None:
         assert getattr(nbllm, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = nbllm.no_such_name
+
+
+def test_frames_have_their_llm_whatever_is_asked_for_first() -> None:
+    run("import nbllm; nbllm.jobs; import pandas; assert pandas.DataFrame({'a': [1]}).llm")

@@ -56,6 +56,13 @@ class Lab:
         """Run all cells, to the end of the last."""
         self.command("notebook:run-all-cells")
 
+    def go_to_last_cell(self) -> None:
+        """Make the last cell the current one."""
+        self.page.evaluate(
+            "() => { const { content } = window.jupyterapp.shell.currentWidget;"
+            " content.activeCellIndex = content.widgets.length - 1; }"
+        )
+
     def save(self) -> None:
         """Write the notebook to the disk."""
         self.command("docmanager:save")

@@ -1,0 +1,5 @@
+export default {
+  render({ model, el }) {
+    return renderSamplingControls(model, el);
+  },
+};
