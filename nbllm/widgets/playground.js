@@ -103,7 +103,7 @@ function render({ model, el }) {
   });
   run.classList.add("nbllm-primary");
   const stop = button("Stop", "Esc", () => send({ type: "stop" }));
-  const reply = button("Reply", "go on with the chat", () => send({ type: "reply" }));
+  const reply = button("Reply", "next message", () => send({ type: "reply" }));
   const problem = make("div", "problem", { role: "alert" });
   const prompt = promptEditor(model);
   const sliders = sliderRow(model);

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.browser
 Write = Callable[..., str]
 
 SETUP = """\
-from nbllm import LLM, Dashboard, Playground, SamplingControls, SamplingParams
+from nbllm import LLM, Playground, SamplingParams
 
 llm = LLM(device="cpu", dtype="float32")"""
 PLAYGROUND = """\
@@ -32,32 +32,6 @@ def open_cells(lab: Any, write: Write) -> Callable[..., None]:
         assert lab.errors() == []
 
     return open_cells
-
-
-def test_a_moved_slider_changes_the_odds_and_the_params(
-    lab: Any, open_cells: Callable[..., None]
-) -> None:
-    open_cells(
-        'controls = SamplingControls(llm=llm, prompt="My favourite city is")\ncontrols',
-        "print(controls.params.temperature)",
-    )
-    controls = lab.page.locator(".nbllm-controls")
-    before = controls.locator("svg").inner_html()
-    lab.screenshot("sampling_controls")
-    slider = controls.get_by_label("temperature, slider")
-    slider.focus()
-    slider.press("Home")
-    lab.page.wait_for_function(
-        "(before) => document.querySelector('.nbllm-controls svg').innerHTML !== before", arg=before
-    )
-    assert controls.get_by_label("top_p", exact=True).is_disabled()  # greedy: no effect
-    controls.get_by_role("button", name="Undo").click()
-    lab.page.wait_for_function(
-        "(before) => document.querySelector('.nbllm-controls svg').innerHTML === before", arg=before
-    )
-    slider.press("Home")
-    lab.command("notebook:run-all-below")
-    lab.page.locator(".jp-OutputArea-output", has_text="0.0").wait_for()
 
 
 def test_a_moved_slider_makes_another_text(lab: Any, open_cells: Callable[..., None]) -> None:
@@ -80,7 +54,7 @@ def test_a_moved_slider_makes_another_text(lab: Any, open_cells: Callable[..., N
 
 
 def test_a_token_shows_what_else_could_have_come_and_a_click_goes_on_from_there(
-    lab: Any, open_cells: Callable[..., None]
+    lab: Any, open_cells: Callable[..., None], theme: str
 ) -> None:
     open_cells(PLAYGROUND)
     token = lab.page.locator(".nbllm-token").first
@@ -88,7 +62,7 @@ def test_a_token_shows_what_else_could_have_come_and_a_click_goes_on_from_there(
     alternatives = lab.page.locator(".nbllm-alternatives")
     alternatives.wait_for(state="visible")
     assert alternatives.locator("button").count() > 1
-    lab.screenshot("playground")
+    lab.screenshot(f"playground-{theme.split()[-1].lower()}")
     second = alternatives.locator("button").nth(1)
     word = second.locator(".nbllm-piece").inner_text()
     second.click()
@@ -137,7 +111,7 @@ def test_an_interrupt_ends_the_call_of_a_cell_and_keeps_the_engine(lab: Any, wri
 def test_what_is_frozen_is_still_there_after_the_page_is_loaded_again(
     lab: Any, open_cells: Callable[..., None], server: Any
 ) -> None:
-    open_cells(PLAYGROUND, "Dashboard(llm)", "playground.freeze()")
+    open_cells(PLAYGROUND, "playground.freeze()")
     picture = lab.page.locator(".jp-OutputArea-output img, .jp-OutputArea-output svg")
     picture.first.wait_for()
     lab.save()
