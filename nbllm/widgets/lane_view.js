@@ -29,8 +29,7 @@ function laneView(lane, colors, send) {
     (isOpen ? area : open).focus();
   }
 
-  function showStats(given, status = "") {
-    const { ttft_ms: first, tokens_per_s: rate, cached, finish, seed } = given;
+  function showStats({ ttft_ms: first, tokens_per_s: rate, cached, finish, seed }, status = "") {
     const parts = [
       first && `first token ${first.toFixed(0)} ms`,
       rate && `${rate.toFixed(0)} tokens/s`,

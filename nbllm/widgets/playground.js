@@ -116,10 +116,9 @@ function render({ model, el }) {
   });
   const legend = make("span", "row muted legend", {}, "likely", ...steps, "less");
   const name = make("span", "muted", {}, model.get("model_name"));
-  const buttons = [run, stop, reply, live.el, numbers.el, legend, name];
   const lanes = model.get("state").lanes.map((_, index) => laneView(index, colors, send));
   const grid = make("div", "lanes", {}, ...lanes.map((lane) => lane.el));
-  const bar = make("div", "row", {}, ...buttons);
+  const bar = make("div", "row", {}, run, stop, reply, live.el, numbers.el, legend, name);
   const panel = make("div", "panel playground", {}, prompt.el, sliders.el, bar, problem, grid);
   panel.dataset.lmSuppressShortcuts = "true"; // of JupyterLab, which would move between cells
   let seq = -1;
