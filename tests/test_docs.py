@@ -123,3 +123,14 @@ def test_the_api_reference_is_built_without_warnings(tmp_path: Path) -> None:
         assert f'id="{name}"' in page, name
     accessor = (tmp_path / "nbllm" / "dataframe" / "accessor.html").read_text(encoding="utf-8")
     assert 'id="DataFrameAccessor.generate"' in accessor
+
+
+def test_every_test_that_the_readme_names_is_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", readme)
+    assert len(named) > 20
+    for file, test in named:
+        texts = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob(f"{file}.py")]
+        assert any(re.search(rf"^(async )?def {test}\(", text, re.MULTILINE) for text in texts), (
+            test
+        )

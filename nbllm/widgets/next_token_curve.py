@@ -202,7 +202,7 @@ def curve_svg(summary: CurveSummary, prompt: str) -> str:
             f'<rect class="nbllm-curve-sampled" x="{_LEFT}" y="{y + 5}" height="8" rx="2" '
             f'width="{bar.sampled * span:.1f}" fill="#2f81c7"/>'
             f'<text class="nbllm-curve-number" x="{_WIDTH - 4}" y="{y + 13}" text-anchor="end" '
-            f'fill="#6e7781">{_percent(bar.sampled)} of {_percent(bar.model)}</text></g>'
+            f'fill="#6e7781">{_percent(bar.model)} → {_percent(bar.sampled)}</text></g>'
         )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
