@@ -19,6 +19,11 @@ class EngineMonitor:
         """Counters and gauges of the engine, under vLLM's names."""
         return self._thread.call(lambda engine: engine.metrics())
 
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that requests held after the last step, 0 to 1; never waits."""
+        return self._thread.kv_cache_usage
+
     def snapshot(
         self, max_requests: int | None = None, *, timeout_s: float | None = None
     ) -> EngineSnapshot:

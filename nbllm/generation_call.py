@@ -63,6 +63,7 @@ class GenerationCall(EngineCall[SamplingParams, RequestOutput]):
         return {
             "failed": int(output.error is not None),
             "prompt_tokens": len(output.prompt_token_ids),
+            "cached_tokens": output.num_cached_tokens,
             "tokens": sum(len(completion.token_ids) for completion in output.outputs),
         }
 

@@ -23,7 +23,12 @@ class ProgressBar(Protocol):
 
 
 def progress_bar(
-    total: int | None, label: str, *, enabled: bool | Callable[..., Any] = True, unit: str = "row"
+    total: int | None,
+    label: str,
+    *,
+    enabled: bool | Callable[..., Any] = True,
+    unit: str = "row",
+    gauge: Callable[[], float] | None = None,
 ) -> ProgressBar:
     """A progress display that suits where the output goes.
 
@@ -36,18 +41,19 @@ def progress_bar(
         enabled: False shows nothing; a callable makes a tqdm-like bar (`total=`, `desc=`,
             `unit=`), as vLLM's `use_tqdm`.
         unit: name of one unit.
+        gauge: the share of the KV cache in use, from 0 to 1; asked whenever the line is shown.
     """
     if enabled is False:
         return _Silent()
     if callable(enabled):
         return _Tqdm(enabled(total=total, desc=label, unit=unit), unit)
     if _in_notebook():
-        return _Notebook(total, label, unit)
+        return _Notebook(total, label, unit, gauge)
     if _is_terminal():
         from tqdm import tqdm
 
         return _Tqdm(tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True), unit)
-    return _Log(total, label, unit)
+    return _Log(total, label, unit, gauge)
 
 
 class _Silent:
@@ -61,10 +67,17 @@ class _Silent:
 class _Counter:
     """Counts and describes; the subclasses show."""
 
-    def __init__(self, total: int | None, label: str, unit: str) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        label: str,
+        unit: str,
+        gauge: Callable[[], float] | None = None,
+    ) -> None:
         self._total = total
         self._label = label
         self._unit = unit
+        self._gauge = gauge
         self._done = 0
         self._stats: dict[str, int] = {}
         self._start = time.monotonic()
@@ -73,8 +86,7 @@ class _Counter:
 
     def _add(self, count: int, stats: dict[str, int]) -> None:
         self._done += count
-        for name, value in stats.items():
-            self._stats[name] = self._stats.get(name, 0) + value
+        _add_to(self._stats, stats)
 
     def _describe(self) -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
@@ -87,9 +99,9 @@ class _Counter:
         tokens = self._stats.get("tokens")
         if tokens:
             parts.append(f"{tokens / elapsed:,.0f} tokens/s")
-        failed = self._stats.get("failed")
-        if failed:
-            parts.append(f"{failed:,} failed")
+        parts += _shares_and_failures(self._stats)
+        if self._gauge is not None and not self._is_closed:
+            parts.append(f"KV cache {self._gauge():.0%}")
         if not self._is_closed and self._total and 0 < self._done < self._total:
             parts.append(f"{_duration(elapsed / self._done * (self._total - self._done))} left")
         else:
@@ -103,8 +115,14 @@ class _Notebook(_Counter):
     tqdm's notebook bar is a widget whose saved form reads "0%" for ever.
     """
 
-    def __init__(self, total: int | None, label: str, unit: str) -> None:
-        super().__init__(total, label, unit)
+    def __init__(
+        self,
+        total: int | None,
+        label: str,
+        unit: str,
+        gauge: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(total, label, unit, gauge)
         from IPython.display import display
 
         self._handle = display(self._bundle(), raw=True, display_id=True)
@@ -159,17 +177,33 @@ class _Tqdm:
         self._bar = bar
         self._unit = unit
         self._start = time.monotonic()
-        self._tokens = 0
+        self._stats: dict[str, int] = {}
 
     def update(self, count: int, **stats: int) -> None:
-        self._tokens += stats.get("tokens", 0)
+        _add_to(self._stats, stats)
         if hasattr(self._bar, "set_postfix_str"):
-            rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
-            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            rate = self._stats.get("tokens", 0) / max(time.monotonic() - self._start, 1e-9)
+            parts = [f"{rate:,.0f} tokens/s", *_shares_and_failures(self._stats)]
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(count)
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _add_to(totals: dict[str, int], stats: dict[str, int]) -> None:
+    for name, value in stats.items():
+        totals[name] = totals.get(name, 0) + value
+
+
+def _shares_and_failures(stats: dict[str, int]) -> list[str]:
+    """How much of the prompts was in the prefix cache, and how many rows came to nothing."""
+    parts = []
+    if "cached_tokens" in stats and stats.get("prompt_tokens"):
+        parts.append(f"{stats['cached_tokens'] / stats['prompt_tokens']:.0%} prefix hits")
+    if stats.get("failed"):
+        parts.append(f"{stats['failed']:,} failed")
+    return parts
 
 
 def _is_terminal() -> bool:

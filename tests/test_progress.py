@@ -60,6 +60,23 @@ def test_a_log_gets_a_plain_line_every_30_seconds(
     assert "\r" not in shown and "\x1b" not in shown
 
 
+def test_a_line_tells_of_the_prefix_cache_and_of_the_kv_cache(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    usage = iter([0.25])
+    bar = progress_bar(4, "Generating", gauge=lambda: next(usage))
+    bar.update(1, prompt_tokens=30, cached_tokens=0)
+    clock.now += 40.0
+    bar.update(1, prompt_tokens=10, cached_tokens=10, failed=1)
+    bar.update(2)
+    bar.close()
+    first, last = capsys.readouterr().err.splitlines()
+    counts = "0.1/s, 25% prefix hits, 1 failed"
+    assert first == f"Generating: 2/4 rows, {counts}, KV cache 25%, 40.0 s left"
+    # Nothing of the call is in the cache any more.
+    assert last == f"Generating: 4/4 rows, {counts}, 40.0 s"
+
+
 def test_a_short_call_leaves_no_trace_in_a_log(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
@@ -118,6 +135,22 @@ def test_a_terminal_gets_a_bar_that_is_rewritten_in_place(
     assert "\r" in shown and shown.endswith("\n")
     last = shown.rstrip("\n").split("\r")[-1]
     assert "Generating: 100%" in last and "4/4" in last and "tokens/s" in last
+
+
+def test_a_terminals_bar_tells_of_failures_and_of_the_prefix_cache() -> None:
+    class Bar:
+        postfix = ""
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            Bar.postfix = text
+
+        def update(self, count: int) -> None: ...
+
+    bar = progress_bar(4, "Generating", enabled=Bar)
+    bar.update(2, tokens=0, prompt_tokens=8, cached_tokens=2, failed=1)
+    assert Bar.postfix == "0 tokens/s, 25% prefix hits, 1 failed"
 
 
 # -- what the caller says -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from nbllm.dataframe.classify import ClassifySeriesVerbs, ClassifyVerbs
-from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_column
+from nbllm.dataframe.columns import NEEDS_LOGPROBS, exploded, included, names_of, text_column
 from nbllm.dataframe.embed import EmbedSeriesVerbs, EmbedVerbs
 from nbllm.dataframe.extract import ExtractSeriesVerbs, ExtractVerbs
 from nbllm.dataframe.frame_job import FrameJob
@@ -77,7 +77,8 @@ class DataFrameAccessor(
                 (prompt_tokens and completion_tokens), "conf" (geometric mean of the tokens'
                 probabilities), "ppl" (its inverse), "margin" (smallest lead of a token over the
                 next best, in nats).
-            explode: with `n > 1`, a row for each text, as `DataFrame.explode` makes them.
+            explode: with `n > 1`, a row for each text, as `DataFrame.explode` makes them; "finish",
+                "conf", "ppl" and "margin" are those of the text, "usage" that of all together.
             template_format: "f-string", or "jinja2" for text in that language.
             examples: a frame with the template's columns and `out`: shown before each row.
             chat: True sends the prompt as a user's message through the chat template, False as
@@ -212,9 +213,12 @@ class DataFrameAccessor(
             columns = {out: text_column(rows.results, frame.index)}
             if checked.errors == "column":
                 columns[f"{out}_error"] = error_column(rows, frame.index)
-            columns |= included(rows.results, frame.index, out, include)
+            more = included(rows.results, frame.index, out, include)
+            columns |= more
+            # The counts of tokens are of all texts of a row together.
+            lists = [name for name in more if not str(name).endswith("_tokens")]
             answered = with_columns(frame, columns, rows)
-            return answered.explode([out]) if explode else answered
+            return exploded(answered, [out, *lists]) if explode else answered
 
         described = dict(
             options,

@@ -77,6 +77,8 @@ class _TableCall:
             raise InvalidRequestError(
                 f"verb must be one of {', '.join(verbs())}, got {verb!r}", parameter="verb"
             )
+        if options.get("job"):
+            raise InvalidRequestError("job= is for pandas frames", parameter="job")
         self._table = _as_table(self._arrow, table, "table")
         self._frame = self._as_pandas(self._table)
         self._other: Any = None
@@ -205,9 +207,11 @@ def _known_types(
     params = arguments[1] if len(arguments) > 1 else options.get("sampling_params")
     if not _has_lists(params, options["llm"]):
         return {}
+    if options.get("explode"):
+        return {out: text}
     types = {f"{out}_{name}": arrow.list_(number) for name in ("conf", "ppl", "margin")}
     types[f"{out}_finish"] = arrow.list_(text)
-    types[out] = text if options.get("explode") else arrow.list_(text)
+    types[out] = arrow.list_(text)
     return types
 
 

@@ -34,7 +34,9 @@ from nbllm.errors import InvalidRequestError
 class ClassifyVerbs(FrameVerbs):
     """`df.llm.classify`, `score`, `filter`, `threshold` and `coverage`."""
 
-    def classify(self, column_or_template: Any, labels: Any, **options: Any) -> pd.DataFrame:
+    def classify(
+        self, column_or_template: Any, labels: Any, *, job: bool = False, **options: Any
+    ) -> Any:
         """The likeliest of some labels for every row; returns a new frame with it in column `out`.
 
         Nothing is generated: the probability of each label's tokens is computed exactly, and
@@ -53,6 +55,8 @@ class ClassifyVerbs(FrameVerbs):
             include: "p" (of the label), "margin" (its lead over the next best), "mass" (what
                 share of the probability of all texts the labels have together) and "all" (a
                 column `<out>_p[label]` for each label); default: p and margin.
+            job: True returns at once with the `FrameJob` that `submit` returns, whose result is the
+                frame; calibrating is part of it.
             out: name of the new column, default "label": categorical, with all labels.
             examples: a frame with the template's columns and `out`: shown before each row.
             overwrite: if `out` exists, answer again the rows that have none, and keep the others.
@@ -62,14 +66,18 @@ class ClassifyVerbs(FrameVerbs):
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
         """
-        return self._classify(column_or_template, labels, **options).calibrate().run()
+        return self._classify(column_or_template, labels, **options).answer(job)
 
     async def aclassify(self, column_or_template: Any, labels: Any, **options: Any) -> pd.DataFrame:
         """`classify` for any event loop; cancelling the task stops the rows."""
-        call = self._classify(column_or_template, labels, **options)
-        return await (await call.acalibrate()).submit()
+        answered: pd.DataFrame = await self._classify(
+            column_or_template, labels, **options
+        ).submit()
+        return answered
 
-    def score(self, column_or_template: Any, scale: Any = None, **options: Any) -> pd.DataFrame:
+    def score(
+        self, column_or_template: Any, scale: Any = None, *, job: bool = False, **options: Any
+    ) -> Any:
         """A number for every row, in column `out`: the expected value of the answer.
 
         Args:
@@ -79,25 +87,25 @@ class ClassifyVerbs(FrameVerbs):
 
         Keyword args:
             out: name of the new column, default "score", a Float64.
-            instruction, calibrate, examples (with labels in column `out`), overwrite, chat,
+            job, instruction, calibrate, examples (with labels in column `out`), overwrite, chat,
                 system, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
                 on_interrupt: as in `classify`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
         """
-        return self._score(column_or_template, scale, **options).calibrate().run()
+        return self._score(column_or_template, scale, **options).answer(job)
 
     async def ascore(
         self, column_or_template: Any, scale: Any = None, **options: Any
     ) -> pd.DataFrame:
         """`score` for any event loop; cancelling the task stops the rows."""
-        call = self._score(column_or_template, scale, **options)
-        return await (await call.acalibrate()).submit()
+        answered: pd.DataFrame = await self._score(column_or_template, scale, **options).submit()
+        return answered
 
     def filter(
-        self, column_or_template: Any, threshold: float = 0.5, **options: Any
-    ) -> pd.DataFrame:
+        self, column_or_template: Any, threshold: float = 0.5, *, job: bool = False, **options: Any
+    ) -> Any:
         """The rows for which the answer is yes, with their index and columns.
 
         A row with missing values, or one that fails, is dropped, and a warning counts them.
@@ -113,24 +121,21 @@ class ClassifyVerbs(FrameVerbs):
             labels: yes and no, in other words.
             out: default "filter".
             errors: "warn" (the default), or "raise".
-            instruction, calibrate, examples, chat, system, template_format, llm, na, dedupe,
+            job, instruction, calibrate, examples, chat, system, template_format, llm, na, dedupe,
                 order, journal, use_tqdm, on_interrupt: as in `classify`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
         """
         call = self._filter(column_or_template, threshold, **options)
-        kept: pd.DataFrame = call.calibrate().run()
-        _warn_of_dropped(call.last)
-        return kept
+        return call.answer(job)
 
     async def afilter(
         self, column_or_template: Any, threshold: float = 0.5, **options: Any
     ) -> pd.DataFrame:
         """`filter` for any event loop; cancelling the task stops the rows."""
         call = self._filter(column_or_template, threshold, **options)
-        kept: pd.DataFrame = await (await call.acalibrate()).submit()
-        _warn_of_dropped(call.last)
+        kept: pd.DataFrame = await call.submit()
         return kept
 
     def threshold(self, column: Hashable, at: float, other: Any = pd.NA) -> pd.DataFrame:
@@ -234,7 +239,7 @@ class ClassifyVerbs(FrameVerbs):
         }
         # One warning counts all rows that are dropped; so the call itself does not warn.
         shown = "raise" if errors == "raise" else "column"
-        return label_call(
+        call = label_call(
             "filter",
             source,
             labels,
@@ -243,6 +248,8 @@ class ClassifyVerbs(FrameVerbs):
             arguments=arguments,
             **(options | {"errors": shown}),
         )
+        call.rows.report = _warn_of_dropped
+        return call
 
     def _probabilities(self, column: Hashable) -> np.ndarray[Any, Any]:
         """[N] float64; NaN where it is missing."""
@@ -261,7 +268,9 @@ class ClassifySeriesVerbs:
 
     _series: pd.Series[Any]
 
-    def classify(self, labels: Any, *, template: Any = None, **options: Any) -> pd.DataFrame:
+    def classify(
+        self, labels: Any, *, template: Any = None, job: bool = False, **options: Any
+    ) -> Any:
         """The likeliest of some labels for every value; a frame with the index of the series.
 
         Args:
@@ -273,14 +282,16 @@ class ClassifySeriesVerbs:
 
         The other arguments and errors are those of the DataFrame's `classify`.
         """
-        return self._classify(labels, template, **options).calibrate().run()
+        return self._classify(labels, template, **options).answer(job)
 
     async def aclassify(self, labels: Any, *, template: Any = None, **options: Any) -> pd.DataFrame:
         """`classify` for any event loop; cancelling the task stops the rows."""
-        call = self._classify(labels, template, **options)
-        return await (await call.acalibrate()).submit()
+        answered: pd.DataFrame = await self._classify(labels, template, **options).submit()
+        return answered
 
-    def score(self, scale: Any = None, *, template: Any = None, **options: Any) -> pd.Series[Any]:
+    def score(
+        self, scale: Any = None, *, template: Any = None, job: bool = False, **options: Any
+    ) -> Any:
         """A number for every value, a Float64 series with the same index.
 
         Args:
@@ -292,23 +303,24 @@ class ClassifySeriesVerbs:
 
         The other arguments and errors are those of the DataFrame's `score`.
         """
-        call = self._score(scale, template, **options)
-        return call.calibrate().run().iloc[:, 0]
+        return self._score(scale, template, **options).answer(job)
 
     async def ascore(
         self, scale: Any = None, *, template: Any = None, **options: Any
     ) -> pd.Series[Any]:
         """`score` for any event loop; cancelling the task stops the rows."""
-        call = self._score(scale, template, **options)
-        frame = await (await call.acalibrate()).submit()
-        return frame.iloc[:, 0]
+        numbers: pd.Series[Any] = await self._score(scale, template, **options).submit()
+        return numbers
 
     def _classify(self, labels: Any, template: Any, **options: Any) -> LabelCall:
         return classify_call(SeriesSource(self._series, template), labels, **options)
 
     def _score(self, scale: Any, template: Any, **options: Any) -> LabelCall:
         check_choice("errors", options.get("errors", "warn"), ("warn", "raise"))
-        return score_call(SeriesSource(self._series, template), scale, **options)
+        call = score_call(SeriesSource(self._series, template), scale, **options)
+        make_frame = call.rows.make_frame
+        call.rows.make_frame = lambda job: make_frame(job).iloc[:, 0]
+        return call
 
 
 def _check_share(name: str, value: Any) -> None:
@@ -316,12 +328,12 @@ def _check_share(name: str, value: Any) -> None:
         raise InvalidRequestError(f"{name} must be from 0 to 1, got {value!r}", parameter=name)
 
 
-def _warn_of_dropped(job: RowJob) -> None:
+def _warn_of_dropped(job: RowJob, stacklevel: int) -> None:
     num_failed = len(job.errors)
     if num_failed or job.num_missing:
         first = f"; the first: {next(iter(job.errors.values()))}" if num_failed else ""
         warnings.warn(
             f"{num_failed + job.num_missing} rows have no answer and are dropped: "
             f"{job.num_missing} with missing values, {num_failed} that failed{first}",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

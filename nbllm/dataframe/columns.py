@@ -74,6 +74,23 @@ def included(
     return columns
 
 
+def exploded(frame: pd.DataFrame, names: Sequence[Hashable]) -> pd.DataFrame:
+    """A row for each item of the lists in some columns, which are of one length in a row.
+
+    Args:
+        frame: columns without lists stay as they are.
+        names: of the columns; those of lists become "string" or "Float64".
+    """
+    of_lists = [name for name in names if frame[name].dtype == object]
+    if not of_lists:
+        return frame
+    result = frame.explode(of_lists)
+    for name in of_lists:
+        is_text = any(isinstance(value, str) for value in result[name])
+        result[name] = result[name].astype("string" if is_text else "Float64")
+    return result
+
+
 def _numbers(result: RowResult, name: str) -> list[float]:
     """`conf`: geometric mean of the tokens' probabilities; `ppl`: its inverse, the perplexity;
     `margin`: smallest lead, in nats, of a token over the next best."""

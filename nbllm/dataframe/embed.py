@@ -81,7 +81,7 @@ class Embed(Verb):
 class EmbedVerbs(FrameVerbs):
     """`df.llm.embed`."""
 
-    def embed(self, column_or_template: Any, **options: Any) -> pd.DataFrame:
+    def embed(self, column_or_template: Any, *, job: bool = False, **options: Any) -> Any:
         """The vector of every row; returns a new frame with them in column `out`.
 
         Args:
@@ -97,14 +97,14 @@ class EmbedVerbs(FrameVerbs):
                 -1 is what the model takes at most; None (the default) makes an error of it.
             out: name of the new column, default "embedding"; a float32 numpy array of shape
                 [dimensions] per row, missing where there is none.
+            job: True returns at once with the `FrameJob` that `submit` returns.
             overwrite, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
                 on_interrupt: as in `generate`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
         """
-        result: pd.DataFrame = self._embed_call(column_or_template, **options).run()
-        return result
+        return self._embed_call(column_or_template, **options).answer(job)
 
     async def aembed(self, column_or_template: Any, **options: Any) -> pd.DataFrame:
         """`embed` for any event loop; cancelling the task stops the rows."""
@@ -156,7 +156,7 @@ class EmbedSeriesVerbs:
 
     _series: pd.Series[Any]
 
-    def embed(self, template: Any = None, **options: Any) -> pd.Series[Any]:
+    def embed(self, template: Any = None, *, job: bool = False, **options: Any) -> Any:
         """The vector of every value; returns a Series with the same index.
 
         Args:
@@ -169,8 +169,7 @@ class EmbedSeriesVerbs:
 
         The other arguments and errors are those of the DataFrame's `embed`, without `overwrite`.
         """
-        vectors: pd.Series[Any] = series_embedding(self._series, template, **options).run()
-        return vectors
+        return series_embedding(self._series, template, **options).answer(job)
 
     async def aembed(self, template: Any = None, **options: Any) -> pd.Series[Any]:
         """`embed` for any event loop; cancelling the task stops the rows."""

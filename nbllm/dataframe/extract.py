@@ -79,7 +79,9 @@ class Extract(Generate):
 class ExtractVerbs(FrameVerbs):
     """`df.llm.extract`."""
 
-    def extract(self, column_or_template: Any, schema: Any, **options: Any) -> pd.DataFrame:
+    def extract(
+        self, column_or_template: Any, schema: Any, *, job: bool = False, **options: Any
+    ) -> Any:
         """Columns out of the text of every row; returns a new frame with them.
 
         The engine lets only such tokens through as the schema allows, so every row is valid. One
@@ -101,6 +103,7 @@ class ExtractVerbs(FrameVerbs):
             out: what other columns' names begin with, default "extract": `<out>_error`, and those
                 of `include`.
             include: as in `generate`, and "json": the text of each document.
+            job: True returns at once with the `FrameJob` that `submit` returns.
             overwrite: if the columns exist, answer again the rows where all of them are missing,
                 and keep the others.
             chat, system, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
@@ -110,8 +113,7 @@ class ExtractVerbs(FrameVerbs):
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
         """
-        result: pd.DataFrame = self._extract(column_or_template, schema, **options).run()
-        return result
+        return self._extract(column_or_template, schema, **options).answer(job)
 
     async def aextract(self, column_or_template: Any, schema: Any, **options: Any) -> pd.DataFrame:
         """`extract` for any event loop; cancelling the task stops the rows."""
@@ -127,7 +129,9 @@ class ExtractSeriesVerbs:
 
     _series: pd.Series[Any]
 
-    def extract(self, schema: Any, *, template: Any = None, **options: Any) -> pd.DataFrame:
+    def extract(
+        self, schema: Any, *, template: Any = None, job: bool = False, **options: Any
+    ) -> Any:
         """Columns out of every value; returns a frame with the index of the series.
 
         Args:
@@ -140,8 +144,7 @@ class ExtractSeriesVerbs:
         The other arguments and errors are those of the DataFrame's `extract`.
         """
         source = SeriesSource(self._series, template)
-        result: pd.DataFrame = _extract_call(source, schema, **options).run()
-        return result
+        return _extract_call(source, schema, **options).answer(job)
 
     async def aextract(self, schema: Any, *, template: Any = None, **options: Any) -> pd.DataFrame:
         """`extract` for any event loop; cancelling the task stops the rows."""

@@ -1,7 +1,9 @@
 """FrameJob: a DataFrame call that runs beside the cell.
 
 job = df.llm.submit("question", out="answer")
+job             # a table that follows it
 job.frame       # as far as it has come
+job.stats       # how far, and how fast
 job.result()    # waits
 """
 
@@ -9,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import html
 import threading
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
 
+from nbllm.dataframe.job_card import JobCard
+from nbllm.dataframe.job_stats import JobStats
 from nbllm.dataframe.row_job import RowJob
 from nbllm.errors import Interrupted
 from nbllm.progress import ProgressBar
@@ -29,6 +33,7 @@ class FrameJob:
         make_frame: the result, from what is there.
         bar: shows the progress.
         finish: called at the end, whatever comes: closes what the job holds.
+        prepare: awaited before the rows, or None.
     """
 
     def __init__(
@@ -37,15 +42,20 @@ class FrameJob:
         make_frame: Callable[[], Any],
         bar: ProgressBar,
         finish: Callable[[], None],
+        prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._rows = rows
         self._make_frame = make_frame
         self._bar = bar
         self._finish = finish
+        self._prepare = prepare
         self._future: Future[Any] = Future()
         self._loop = asyncio.new_event_loop()
         self._task: asyncio.Task[None] | None = None
         self._is_cancelled = False
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._card = JobCard(rows, self._future, lambda: f"{self._state()}: {self.stats}")
         self._thread = threading.Thread(target=self._run, name="nbllm-frame-job", daemon=True)
         self._thread.start()
 
@@ -64,6 +74,12 @@ class FrameJob:
         """Rows that are answered when it is done."""
         return len(self._rows.rows)
 
+    @property
+    def stats(self) -> JobStats:
+        """Rows, tokens and their rates, as of now or of the end."""
+        ended = time.monotonic() if self._ended is None else self._ended
+        return JobStats.of(self._rows, ended - self._started)
+
     def done(self) -> bool:
         """True once `result` does not wait any more."""
         return self._future.done()
@@ -77,7 +93,11 @@ class FrameJob:
         Raises:
             Interrupted: the job was cancelled; `.partial` is the frame so far.
         """
-        return self._future.result(timeout)
+        try:
+            return self._future.result(timeout)
+        finally:
+            if self._future.done():
+                self._card.join()  # the cell ends with its last state
 
     def cancel(self) -> None:
         """Stop: what has ended is in `frame`, and in the journal. Idempotent."""
@@ -91,12 +111,11 @@ class FrameJob:
     def __repr__(self) -> str:
         return f"FrameJob({self._state()}, {self.num_done:,} of {self.num_rows:,} rows)"
 
+    def _ipython_display_(self) -> None:
+        self._card.show()
+
     def _repr_html_(self) -> str:
-        share = self.num_done / max(self.num_rows, 1)
-        return (
-            f'<progress value="{share:.3f}" max="1"></progress> <code>{html.escape(repr(self))}'
-            "</code>"
-        )
+        return self._card.bundle()["text/html"]
 
     async def _wait(self) -> Any:
         future = asyncio.wrap_future(self._future)
@@ -136,6 +155,7 @@ class FrameJob:
             self._rows.mark_unfinished()
             raise Interrupted("the job was cancelled", partial=self._make_frame()) from None
         finally:
+            self._ended = time.monotonic()
             self._finish()
         return self._make_frame()
 
@@ -143,4 +163,6 @@ class FrameJob:
         self._task = asyncio.current_task()
         if self._is_cancelled:
             raise asyncio.CancelledError
+        if self._prepare is not None:
+            await self._prepare()
         await self._rows.arun(self._bar)

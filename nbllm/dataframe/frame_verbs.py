@@ -57,8 +57,14 @@ def read_options(options: dict[str, Any], **defaults: Any) -> CallOptions:
 
     Raises:
         TypeError: there is no such argument.
-        InvalidRequestError: one has a wrong value.
+        InvalidRequestError: one has a wrong value, or it is `job`, which a verb takes by itself.
     """
+    if "job" in options:
+        raise InvalidRequestError(
+            "there is no job= here: classify, score, filter, extract and embed take it, and "
+            "generate has submit",
+            parameter="job",
+        )
     try:
         checked = CallOptions(**(defaults | options))
     except TypeError:

@@ -238,7 +238,8 @@ def _part_number(path: Path) -> int:
 def _lock_folder(folder: Path) -> Any:
     import filelock
 
-    lock = filelock.FileLock(folder / "lock")
+    # A job beside the cell opens the journal in one thread and closes it in another.
+    lock = filelock.FileLock(folder / "lock", thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nbllm.dataframe.frame_job import FrameJob
 from nbllm.dataframe.frame_verbs import error_column, read_options
 from nbllm.dataframe.label_verb import ScoreLabels, probabilities, read_labels
 from nbllm.dataframe.prompts import FORMATS
@@ -56,7 +57,7 @@ class LabelScores:
 
 @dataclass(slots=True)
 class LabelCall:
-    """A call; `calibrate` or `acalibrate` first, then `rows`.
+    """A call: `answer` or `submit` calibrates, if that is wanted, and goes through the rows.
 
     Attributes:
         verb: scores.
@@ -64,7 +65,6 @@ class LabelCall:
         rows: the call.
         bias: [L] float64, see `LabelScores`.
         content_free: the prompt that calibrates, or None.
-        last: the rows of which a frame was made last.
     """
 
     verb: ScoreLabels
@@ -72,25 +72,34 @@ class LabelCall:
     bias: np.ndarray[Any, Any]
     content_free: Any = None
     rows: RowCall = field(init=False)
-    last: RowJob = field(init=False)
 
-    def calibrate(self) -> RowCall:
-        """Score the content-free prompt, if that is wanted."""
+    def answer(self, job: bool) -> Any:
+        """As `RowCall.answer`."""
+        check_choice("job", job, (True, False))
+        if job:
+            return self.submit()
+        self._calibrate()
+        return self.rows.run(stacklevel=3)
+
+    def submit(self) -> FrameJob:
+        """As `RowCall.submit`; the job calibrates, too."""
+        self.rows.prepare = self._acalibrate
+        return self.rows.submit()
+
+    def _calibrate(self) -> None:
+        """Score the content-free prompt."""
         if self.content_free is not None:
             job = RowJob(self.verb, [self.content_free])
             with closing(progress_bar(1, "", enabled=False)) as bar:
                 job.run(bar)
             self._take_bias(job)
-        return self.rows
 
-    async def acalibrate(self) -> RowCall:
-        """`calibrate` for any event loop."""
+    async def _acalibrate(self) -> None:
         if self.content_free is not None:
             job = RowJob(self.verb, [self.content_free])
             with closing(progress_bar(1, "", enabled=False)) as bar:
                 await job.arun(bar)
             self._take_bias(job)
-        return self.rows
 
     def scores(self, job: RowJob, index: pd.Index[Any]) -> LabelScores:
         """What the rows of a job came to."""
@@ -171,7 +180,6 @@ def label_call(
     }
 
     def frame_of(job: RowJob) -> Any:
-        call.last = job
         return make_frame(call.scores(job, source.base.index), job)
 
     call.rows = RowCall(

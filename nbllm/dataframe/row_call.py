@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,6 +14,7 @@ import pandas as pd
 
 import nbllm
 from nbllm.dataframe.frame_job import FrameJob
+from nbllm.dataframe.interrupts import OneInterrupt
 from nbllm.dataframe.jobs import JobDescription, open_journal
 from nbllm.dataframe.journal import Journal
 from nbllm.dataframe.prompts import Prompts
@@ -83,6 +84,8 @@ class RowCall:
         make_frame: (rows, as they are) -> what is returned.
         wanted: positions of the rows that have no answer yet; None is all.
         description: what is written beside a journal.
+        prepare: awaited before the rows of a job beside the cell are run, there.
+        report: (rows, stacklevel) -> warns of what the frame does not show, when all have ended.
     """
 
     verb: Verb
@@ -91,42 +94,56 @@ class RowCall:
     make_frame: Callable[[RowJob], Any]
     wanted: Sequence[int] | None = None
     description: JobDescription | None = None
+    prepare: Callable[[], Awaitable[None]] | None = None
+    report: Callable[[RowJob, int], None] | None = None
     _journal: Journal | None = field(default=None, init=False)
 
-    def run(self) -> Any:
+    def answer(self, job: bool) -> Any:
+        """What a verb with the argument `job` returns: `submit` if it is True, else `run`.
+
+        Raises:
+            InvalidRequestError: it is neither True nor False; and as `run`.
+        """
+        check_choice("job", job, (True, False))
+        return self.submit() if job else self.run(stacklevel=3)
+
+    def run(self, *, stacklevel: int = 2) -> Any:
         """Answer all rows and return the frame.
+
+        Args:
+            stacklevel: of warnings, as in `warnings.warn`: 2 is who called the verb that called.
 
         Raises:
             InvalidRequestError: values are missing, and must not.
-            Interrupted: Ctrl-C; the frame so far is its `.partial`, and `nbllm.last`.
+            Interrupted: Ctrl-C; the frame so far is its `.partial`, and `nbllm.last`. Another one
+                while that is made changes nothing.
             JournalError: results can't be kept; the frame so far is `nbllm.last`.
         """
-        rows = self._open()
-        options = self.options
-        try:
-            with closing(self._bar(rows)) as bar:
-                rows.run(bar)
-        except KeyboardInterrupt:
-            rows.mark_unfinished()
-            nbllm.last = self._result(rows)
-            if options.on_interrupt == "raise":
-                raise Interrupted(partial=nbllm.last) from None
-            return nbllm.last
-        except BaseException:
-            nbllm.last = self._result(rows)
-            raise
-        finally:
-            self._close()
-        if rows.errors and options.errors != "column":
-            first = next(iter(rows.errors.values()))
-            if options.errors == "raise":
+        with OneInterrupt() as interrupts:
+            rows = self._open()
+            try:
+                with closing(self._bar(rows)) as bar:
+                    rows.run(bar)
+                interrupts.hold()
+            except KeyboardInterrupt:
+                interrupts.hold()
+                rows.mark_unfinished()
                 nbllm.last = self._result(rows)
-                raise first
-            warnings.warn(
-                f"{len(rows.errors)} of {len(rows.rows)} rows failed; the first: {first}",
-                stacklevel=3,
-            )
-        return self._result(rows)
+                if self.options.on_interrupt == "raise":
+                    raise Interrupted(partial=nbllm.last) from None
+                return nbllm.last
+            except BaseException:
+                interrupts.hold()
+                nbllm.last = self._result(rows)
+                raise
+            finally:
+                self._close()
+            self._report(rows, stacklevel + 2)
+            result = self._result(rows)
+        if interrupts.came_late:
+            nbllm.last = result
+            raise Interrupted(partial=result)
+        return result
 
     def stream(self) -> Iterator[Any]:
         """Frames of the rows that have ended, as they end; `errors="raise"` raises the first.
@@ -158,11 +175,33 @@ class RowCall:
         rows = self._open()
 
         def finish() -> None:
+            is_cut = len(rows.settled) < len(rows.rows)
+            if is_cut:
+                nbllm.last = self._result(rows)
             self._close()
-            if rows.errors and self.options.errors == "raise":
-                raise next(iter(rows.errors.values()))
+            if not is_cut:
+                self._report(rows, 3)
 
-        return FrameJob(rows, lambda: self._result(rows), self._bar(rows), finish)
+        try:
+            return FrameJob(rows, lambda: self._result(rows), self._bar(rows), finish, self.prepare)
+        except BaseException:
+            self._close()
+            raise
+
+    def _report(self, rows: RowJob, stacklevel: int) -> None:
+        """Raise the first error, or warn of them all, where `errors` says so."""
+        errors = self.options.errors
+        first = next(iter(rows.errors.values()), None)
+        if first is not None and errors == "raise":
+            nbllm.last = self._result(rows)
+            raise first
+        if self.report is not None:
+            self.report(rows, stacklevel + 1)
+        if first is not None and errors == "warn":
+            warnings.warn(
+                f"{len(rows.errors)} of {len(rows.rows)} rows failed; the first: {first}",
+                stacklevel=stacklevel,
+            )
 
     def _result(self, rows: RowJob) -> Any:
         made = self.make_frame(rows)
@@ -198,7 +237,14 @@ class RowCall:
 
     def _bar(self, rows: RowJob) -> Any:
         options = self.options
-        return progress_bar(len(rows.rows), options.label, enabled=options.use_tqdm, unit="row")
+        llm = self.verb.llm
+        return progress_bar(
+            len(rows.rows),
+            options.label,
+            enabled=options.use_tqdm,
+            unit="row",
+            gauge=lambda: llm.kv_cache_usage,
+        )
 
     def _close(self) -> None:
         if self._journal is not None:

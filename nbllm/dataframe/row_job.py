@@ -13,6 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from nbllm.dataframe.journal import Journal, RowResult
@@ -83,6 +84,8 @@ class RowJob:
         settled: rows that have ended, well or not, in that order.
         num_known: rows that came from the journal.
         num_twins: rows that came from another row of this job.
+        totals: what the engine's calls have counted, see `EngineCall.token_counts`.
+        first_token_s: seconds to the first token, of each request that had one.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class RowJob:
         self.errors: dict[int, BaseException] = {}
         self.num_known = self.num_twins = 0
         self.settled: list[int] = []
+        self.totals: dict[str, int] = {}
+        self.first_token_s = array("d")
         self._dedupe = dedupe
         self._in_order = in_order
         self._journal = journal
@@ -125,15 +130,21 @@ class RowJob:
         """
         self._bar = bar
         with self._open() as call:
-            call.run(self._keep, _TokenBar(bar))
+            call.run(self._keep, _TokenBar(bar, self.totals))
 
     async def arun(self, bar: ProgressBar) -> None:
         """`run` for any event loop; cancelling the task leaves what had ended."""
-        self._bar, tokens = bar, _TokenBar(bar)
+        self._bar, tokens = bar, _TokenBar(bar, self.totals)
         with self._open() as call:
             async for number, output in call.aresults():
                 self._keep(number, output)
                 tokens.update(1, **call.token_counts(output))
+
+    def first_ended(self, count: int) -> list[int]:
+        """At most `count` rows that have ended, those that failed before the others."""
+        failed = list(self.errors)[:count]
+        others = (row for row in self.settled[: 2 * count] if row not in self.errors)
+        return failed + list(islice(others, count - len(failed)))
 
     def mark_unfinished(self) -> None:
         """What an interrupt leaves behind."""
@@ -160,7 +171,7 @@ class RowJob:
 
     def stream(self, bar: ProgressBar) -> Generator[None, None, None]:
         """`run`, in steps: gives way whenever rows have ended. Closing it stops the others."""
-        self._bar, tokens = bar, _TokenBar(bar)
+        self._bar, tokens = bar, _TokenBar(bar, self.totals)
         with self._open() as call:
             for number, output in call.results():
                 self._keep(number, output)
@@ -232,6 +243,8 @@ class RowJob:
         if outputs is None:  # another part has failed; or the interrupted call says it once more
             return
         outputs[part] = output
+        if output.metrics.first_token_time:
+            self.first_token_s.append(output.metrics.first_token_latency)
         if output.error is not None:
             self._finish(row, output.error)
         elif all(outputs):
@@ -259,11 +272,14 @@ class RowJob:
 class _TokenBar:
     """Counts what the engine reports, but not its rows: a row of the frame may have many."""
 
-    def __init__(self, bar: ProgressBar) -> None:
+    def __init__(self, bar: ProgressBar, totals: dict[str, int]) -> None:
         self._bar = bar
+        self._totals = totals
 
     def update(self, count: int, **stats: int) -> None:
         stats.pop("failed", None)
+        for name, value in stats.items():
+            self._totals[name] = self._totals.get(name, 0) + value
         self._bar.update(0, **stats)
 
     def close(self) -> None:

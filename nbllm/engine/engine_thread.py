@@ -84,6 +84,7 @@ class EngineThread:
     Attributes:
         last_progress: `time.monotonic()` of the last finished step, or of the last moment
             without work.
+        kv_cache_usage: share of the KV cache that requests held after the last step, 0 to 1.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -94,6 +95,7 @@ class EngineThread:
         self._end: BaseException | None = None  # why no more commands are taken
         self._pid = os.getpid()
         self.last_progress = time.monotonic()
+        self.kv_cache_usage = 0.0
         self._thread = threading.Thread(target=self._run, name="nbllm-engine", daemon=True)
         self._thread.start()
 
@@ -207,12 +209,15 @@ class EngineThread:
                 try:
                     is_idle = not engine.has_requests
                     if is_idle:
+                        self.kv_cache_usage = 0.0  # also after an abort, which is no step
                         interpreter.set(is_busy=False)
                         release_threads()
                     self._run_commands(wait=is_idle)
                     interpreter.set(is_busy=engine.has_requests)
                     if self._end is None and engine.has_requests:
                         self._deliver(engine.step())
+                        blocks = engine.block_manager
+                        self.kv_cache_usage = 1 - blocks.num_free_blocks / blocks.num_usable_blocks
                         self.last_progress = time.monotonic()
                 except EngineDeadError:
                     raise

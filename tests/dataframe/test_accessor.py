@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
+import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -210,6 +213,30 @@ def test_an_interrupt_keeps_the_rows_that_are_done(llm: LLM, interrupting_bar: A
     )
     pd.testing.assert_frame_equal(returned, nbllm.last)
     assert llm.get_metrics()["num_requests_running"] == 0
+
+
+@pytest.mark.parametrize("on_interrupt", ["raise", "return"])
+def test_more_interrupts_while_one_is_handled_change_nothing(
+    llm: LLM, interrupting_bar: Any, on_interrupt: str
+) -> None:
+    class Impatient(interrupting_bar):  # type: ignore[misc]
+        def close(self) -> None:
+            _thread.interrupt_main()
+
+    frame = pd.DataFrame({"q": [QUESTIONS[0], "Once upon a time"]})
+    params = [GREEDY, SamplingParams(temperature=1.0, seed=1, max_tokens=900, ignore_eos=True)]
+    asked: dict[str, Any] = {"journal": "cut", "on_interrupt": on_interrupt}
+    nbllm.last = None
+    if on_interrupt == "raise":
+        with pytest.raises(Interrupted) as caught:
+            frame.llm.generate("q", params, use_tqdm=Impatient, **asked)
+        assert caught.value.partial is nbllm.last
+    else:
+        assert frame.llm.generate("q", params, use_tqdm=Impatient, **asked) is nbllm.last
+    assert list(nbllm.last["llm"].isna()) == [False, True]
+    assert nbllm.last["llm_error"][1] == "interrupted"
+    assert "nbllm-journal" not in [thread.name for thread in threading.enumerate()]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("first", ["pandas", "nbllm"])

@@ -155,6 +155,20 @@ def test_several_texts_may_be_rows(llm: LLM, frame: pd.DataFrame) -> None:
     assert answered["llm"].map(type).eq(str).all()
 
 
+def test_what_is_included_of_several_texts_is_beside_each(llm: LLM, frame: pd.DataFrame) -> None:
+    params = SamplingParams(temperature=1.0, n=3, max_tokens=5, seed=1)
+    include = ["conf", "finish", "usage"]
+    frame = pd.concat([frame, pd.DataFrame({"a": [None]})], ignore_index=True)
+    lists = frame.llm.generate("Say {a}.", params, include=include)
+    rows = frame.llm.generate("Say {a}.", params, include=include, explode=True)
+    for name in ("llm", "llm_conf", "llm_finish"):
+        flat = [item for cell in lists[name][:-1] for item in cell]
+        assert rows[name].iloc[:-1].tolist() == flat
+        assert rows[name].isna().tolist() == [False] * len(flat) + [True]
+        assert rows[name].dtype == ("Float64" if name == "llm_conf" else "string")
+    assert rows["llm_prompt_tokens"].dtype == "Int64"
+
+
 def test_examples_are_shown_before_each_row(llm: LLM, frame: pd.DataFrame) -> None:
     examples = pd.DataFrame({"a": [5], "b": [6], "sum": ["11"]})
     shown = frame.llm.generate("{a} and {b}", GREEDY, examples=examples, out="sum")

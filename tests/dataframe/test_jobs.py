@@ -21,6 +21,7 @@ from nbllm import (
     SamplingParams,
     set_default_llm,
 )
+from nbllm.dataframe.frame_job import FrameJob
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -253,3 +254,70 @@ def test_a_wrong_argument_of_a_submitted_call_is_raised_in_the_cell(
 ) -> None:
     with pytest.raises(InvalidRequestError, match="no column 'p'"):
         frame.llm.submit("{p}")
+
+
+def test_a_submitted_call_warns_of_rows_that_failed(llm: LLM) -> None:
+    series = pd.Series(["What is 1 + 1?", "word " * 4000])
+    with pytest.warns(UserWarning, match="1 of 2 rows failed"):
+        answers = series.llm.submit(None, GREEDY).result(timeout=60)
+    assert answers.isna().tolist() == [False, True]
+
+
+def test_a_submitted_call_that_fails_leaves_its_frame(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["What is 1 + 1?", "word " * 4000]})
+    nbllm.last = None
+    job = frame.llm.submit("q", GREEDY, errors="raise", journal="failed")
+    with pytest.raises(InvalidRequestError):
+        job.result(timeout=60)
+    assert nbllm.last["llm"].isna().tolist() == [False, True]
+    frame.llm.submit("q", GREEDY, journal="failed").result(timeout=60)
+
+
+def test_a_bar_that_can_not_be_made_leaves_no_journal_open(llm: LLM, frame: pd.DataFrame) -> None:
+    def no_bar(**_: Any) -> None:
+        raise RuntimeError("no bar")
+
+    with pytest.raises(RuntimeError, match="no bar"):
+        frame.llm.submit("q", GREEDY, journal="barless", use_tqdm=no_bar)
+    frame.llm.generate("q", GREEDY, journal="barless")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("classify", {"labels": ["yes", "no"], "calibrate": True}),
+        ("score", {"calibrate": True}),
+        ("filter", {"calibrate": True, "keep_scores": True}),
+        ("extract", {"schema": {"ok": bool}}),
+        ("embed", {"pooling": "last"}),
+    ],
+)
+def test_a_verb_runs_beside_the_cell(
+    llm: LLM, frame: pd.DataFrame, verb: str, arguments: dict[str, Any]
+) -> None:
+    few = frame.head(3)
+    expected = getattr(few.llm, verb)("q", **arguments)
+    job = getattr(few.llm, verb)("q", **arguments, job=True)
+    assert isinstance(job, FrameJob)
+    pd.testing.assert_frame_equal(job.result(timeout=60), expected)
+    if verb != "filter":
+        alone = getattr(few["q"].llm, verb)(**arguments)
+        beside = getattr(few["q"].llm, verb)(**arguments, job=True).result(timeout=60)
+        assert type(beside) is type(alone) and beside.equals(alone)
+    with pytest.raises(InvalidRequestError) as caught:
+        getattr(few.llm, verb)("q", **arguments, job="yes")
+    assert caught.value.parameter == "job"
+
+
+def test_a_verb_of_several_calls_has_no_job(llm: LLM, frame: pd.DataFrame) -> None:
+    for call in (frame.llm.generate, frame.llm.dedup):
+        with pytest.raises(InvalidRequestError) as caught:
+            call("q", job=True)
+        assert caught.value.parameter == "job"
+
+
+def test_a_table_has_no_job(llm: LLM) -> None:
+    table = pytest.importorskip("polars").DataFrame({"q": ["What is 1 + 1?"]})
+    with pytest.raises(InvalidRequestError) as caught:
+        table.llm.score("q", job=True)
+    assert caught.value.parameter == "job"

@@ -1,0 +1,107 @@
+"""JobCard: what a cell shows of a job, kept up to date where it stands.
+
+Plain HTML that is replaced through its display id: the saved notebook has the last state.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+from nbllm.dataframe.row_job import RowJob
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 0.1
+_NUM_ROWS = 5
+_NUM_CHARACTERS = 200
+
+
+class JobCard:
+    """One output of a cell, or of several.
+
+    Args:
+        rows: what is run.
+        future: done when the job has ended.
+        make_line: what is said of the job as a whole.
+    """
+
+    def __init__(self, rows: RowJob, future: Future[Any], make_line: Callable[[], str]) -> None:
+        self._rows = rows
+        self._future = future
+        self._make_line = make_line
+        self._id = uuid.uuid4().hex
+        self._follower: threading.Thread | None = None
+
+    def show(self) -> None:
+        """Show it in the cell that runs.
+
+        Raises:
+            NotImplementedError: nothing that is shown can be replaced here; IPython takes the
+                other representations then.
+        """
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+
+        if getattr(get_ipython(), "kernel", None) is None:  # a terminal, or no IPython at all
+            raise NotImplementedError
+        display(self.bundle(), raw=True, display_id=self._id)
+        if self._follower is None:
+            self._follower = threading.Thread(target=self._run, name="nbllm-job-card", daemon=True)
+            self._follower.start()
+
+    def join(self) -> None:
+        """Wait until the end of the job is shown, wherever it is shown at all."""
+        if self._follower is not None:
+            self._follower.join()
+
+    def bundle(self) -> dict[str, str]:
+        """A line, and the first rows that have ended, those that failed before the others."""
+        line = self._make_line()
+        rows = [(str(row), *self._ended(row)) for row in self._rows.first_ended(_NUM_ROWS)]
+        head = "<tr><th>row</th><th></th><th>result</th></tr>"
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        table = f"<table>{head}{body}</table>" if rows else ""
+        text = "\n".join([line, *("  ".join(row) for row in rows)])
+        return {"text/plain": text, "text/html": f"<code>{html.escape(line)}</code>{table}"}
+
+    def _ended(self, row: int) -> tuple[str, str]:
+        error = self._rows.errors.get(row)
+        if error is not None:
+            return "failed", _cut(str(error) or type(error).__name__)
+        result = self._rows.results[row]
+        assert result is not None
+        if result.texts:
+            return "done", _cut(result.texts[0])
+        numbers = ", ".join(f"{number:.4g}" for number in result.numbers[:_NUM_ROWS])
+        return "done", numbers + (", …" if len(result.numbers) > _NUM_ROWS else "")
+
+    def _run(self) -> None:
+        from IPython.display import update_display
+
+        try:
+            is_last = False
+            shown: dict[str, str] = {}
+            while not is_last:
+                is_last = bool(wait([self._future], _INTERVAL_S).done)
+                bundle = self.bundle()
+                if bundle != shown:
+                    shown = bundle
+                    data: Any = bundle
+                    update_display(data, raw=True, display_id=self._id)
+        except Exception:  # nobody waits for a picture: the job goes on
+            logger.exception("the job is shown no more")
+
+
+def _cut(text: str) -> str:
+    """On one line, of a bounded length."""
+    line = " ".join(text[: 2 * _NUM_CHARACTERS].split())
+    return line if len(line) <= _NUM_CHARACTERS else line[:_NUM_CHARACTERS] + "…"
