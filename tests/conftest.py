@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("deterministic", derandomize=True)
+settings.load_profile("deterministic")
 
 # The models are tiny: a second thread costs more than it brings. Subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -290,5 +290,8 @@ def row_key(model_identity: str, token_ids: Sequence[int], identity: dict[str, A
     """SHA-256 of all that decides a row's result."""
     head = json.dumps([model_identity, identity], sort_keys=True, default=str)
     digest = hashlib.sha256(head.encode())
-    digest.update(array("I", token_ids).tobytes())
+    try:
+        digest.update(array("I", token_ids).tobytes())
+    except OverflowError:  # no ids of any vocabulary: the engine will say so
+        digest.update(repr(list(token_ids)).encode())
     return digest.digest()

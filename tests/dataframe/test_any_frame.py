@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nbllm import LLM, InvalidRequestError, SamplingParams
@@ -31,6 +31,7 @@ CELLS = st.one_of(
 )
 PROPERTIES = settings(
     max_examples=30,
+    derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -38,6 +39,7 @@ PROPERTIES = settings(
 
 @PROPERTIES
 @given(cells=st.lists(CELLS, max_size=5), chat=st.booleans())
+@example(cells=[[-1], [2**70]], chat=False)
 def test_any_cell_gives_an_answer_or_its_error(llm: LLM, cells: list[Any], chat: bool) -> None:
     values = np.empty(len(cells), dtype=object)
     values[:] = cells
