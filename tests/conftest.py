@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("deterministic", derandomize=True)
-settings.load_profile("deterministic")
-
 # The models are tiny: a second thread costs more than it brings. Subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+settings.register_profile("deterministic", derandomize=True)
+settings.load_profile("deterministic")
 
 gc.freeze()  # every test ends with a collection, which need not walk torch
 
