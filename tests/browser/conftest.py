@@ -19,7 +19,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TOKEN = "for-the-tests"
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 120_000
 NO_NEWS = {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}
 
 
@@ -135,7 +135,10 @@ def jupyter_lab(folder: Path, theme: str) -> Iterator[str]:
 Write = Callable[..., str]
 
 
-@pytest.fixture(scope="module", params=["JupyterLab Light", "JupyterLab Dark"])
+@pytest.fixture(
+    scope="module",
+    params=["JupyterLab Dark", pytest.param("JupyterLab Light", marks=pytest.mark.slow)],
+)
 def theme(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
