@@ -73,10 +73,8 @@ class Lab:
 
     def errors(self) -> list[str]:
         """What cells have raised."""
-        found: list[str] = self.page.locator(
-            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error'],"
-            " .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
-        ).all_inner_texts()
+        selector = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
+        found: list[str] = self.page.locator(selector).all_inner_texts()
         return found
 
     def screenshot(self, name: str) -> None:
