@@ -1,8 +1,10 @@
-"""Which cell of a notebook is running: so that a cell that is run again replaces what it made."""
+"""The cell of a notebook that runs: which it is, so that a cell that is run again replaces what it
+made, and what is shown in it, so that it can be replaced."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,3 +39,22 @@ def current_cell() -> NotebookCell | None:
     if cell_id is None:
         cell_id = (parent.get("content") or {}).get("code", "")
     return NotebookCell(str(cell_id), int(shell.execution_count))
+
+
+def show_replaceable(bundles: Mapping[str, Mapping[str, str]]) -> None:
+    """Show outputs in the cell that runs, which `update_display` can replace.
+
+    Args:
+        bundles: display id -> MIME type -> what is shown.
+
+    Raises:
+        NotImplementedError: outside of a Jupyter kernel nothing that is shown can be replaced;
+            IPython takes an object's other representations then.
+    """
+    from IPython.core.getipython import get_ipython
+    from IPython.display import display
+
+    if getattr(get_ipython(), "kernel", None) is None:  # a terminal, or no IPython at all
+        raise NotImplementedError
+    for display_id, bundle in bundles.items():
+        display(dict(bundle), raw=True, display_id=display_id)

@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from nbllm.dataframe.row_job import RowJob
+from nbllm.notebook_cell import show_replaceable
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,9 @@ class JobCard:
         """Show it in the cell that runs.
 
         Raises:
-            NotImplementedError: nothing that is shown can be replaced here; IPython takes the
-                other representations then.
+            NotImplementedError: as `show_replaceable`.
         """
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-
-        if getattr(get_ipython(), "kernel", None) is None:  # a terminal, or no IPython at all
-            raise NotImplementedError
-        display(self.bundle(), raw=True, display_id=self._id)
+        show_replaceable({self._id: self.bundle()})
         if self._follower is None:
             self._follower = threading.Thread(target=self._run, name="nbllm-job-card", daemon=True)
             self._follower.start()

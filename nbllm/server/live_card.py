@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from nbllm.notebook_cell import show_replaceable
+
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
@@ -45,17 +47,10 @@ class LiveCard:
         """Show it in the cell that runs.
 
         Raises:
-            NotImplementedError: nothing that is shown can be replaced here; IPython takes the
-                other representations then.
+            NotImplementedError: as `show_replaceable`.
         """
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-
-        if getattr(get_ipython(), "kernel", None) is None:  # a terminal, or no IPython at all
-            raise NotImplementedError
         bundles = self._make_card(), self._make_requests()
-        for bundle, display_id in zip(bundles, self._ids, strict=True):
-            display(bundle, raw=True, display_id=display_id)
+        show_replaceable(dict(zip(self._ids, bundles, strict=True)))
         self._is_shown = True
         self._start()
 
