@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice, repeat
@@ -179,6 +180,10 @@ class EngineCall(ABC, Generic[ParamsT, OutputT]):
                 yield number, processor.report()
             if finished:
                 del self._untaken[number]
+
+    def begun(self) -> dict[int, list[array[int]]]:
+        """What rows in flight have generated so far, see `GenerationCall`; here nothing is."""
+        return {}
 
     @abstractmethod
     def token_counts(self, output: OutputT) -> dict[str, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
+from nbllm.engine.request import FinishReason
 from nbllm.engine_call import EngineCall, check_errors
 from nbllm.inputs import EncodedPrompt
 from nbllm.output_processor import OutputProcessor, count_cut_texts, error_output
@@ -67,6 +69,20 @@ class GenerationCall(EngineCall[SamplingParams, RequestOutput]):
             "tokens": sum(len(completion.token_ids) for completion in output.outputs),
         }
 
+    def begun(self) -> dict[int, list[array[int]]]:
+        """Token ids that each row in flight has generated, of each continuation; from any thread.
+
+        A row that reports log-probabilities is left out: it could not go on without those of the
+        tokens before. Of a continuation that has ended the last token is, which ends it again.
+        """
+        rows = {}
+        for number, processor in self._untaken.copy().items():
+            assert isinstance(processor, OutputProcessor)
+            requests = processor.requests
+            if not any(r.reports_logprobs or r.reads_hidden_states for r in requests):
+                rows[number] = [_generated(request) for request in requests]
+        return rows
+
     def _begin(
         self, row: EncodedPrompt, params: SamplingParams, priority: int
     ) -> tuple[list[Request], OutputProcessor]:
@@ -75,6 +91,12 @@ class GenerationCall(EngineCall[SamplingParams, RequestOutput]):
 
     def _error_output(self, request_id: str, row: EncodedPrompt, error: Exception) -> RequestOutput:
         return error_output(request_id, row, error)
+
+
+def _generated(request: Request) -> array[int]:
+    has_end = request.is_finished and request.finish_reason is not FinishReason.ABORT
+    token_ids = request.token_ids[request.num_prompt_tokens :]
+    return token_ids[:-1] if has_end else token_ids
 
 
 def check_outputs(

@@ -27,11 +27,17 @@ Prompt = Union[str, list[int], TextPrompt, TokensPrompt]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """One row of a call: text and token ids, or the error that it fails with."""
+    """One row of a call: text and token ids, or the error that it fails with.
+
+    Attributes:
+        begun: token ids that an earlier call has generated, of each continuation: it goes on after
+            them, and they are part of its output.
+    """
 
     text: str | None
     token_ids: list[int]
     error: Exception | None = None
+    begun: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

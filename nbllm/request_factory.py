@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -108,8 +108,26 @@ class RequestFactory:
                 stop_checker=self._stop_checker(row.token_ids, params),
                 streaming=streaming,
             )
+            if len(row.begun) == params.n:
+                self._go_on(request, row.begun[index])
             requests.append(request)
         return requests
+
+    def _go_on(self, request: Request, begun: Sequence[int]) -> None:
+        """Put the request where it has generated these tokens.
+
+        One token at least is left to sample: what ends a text is found again.
+        """
+        limit = request.max_num_tokens
+        if request.restart_len is not None:
+            limit = min(limit, request.restart_len)
+        begun = self._check_ids(begun[: limit - 1 - request.num_tokens], "begun")
+        request.token_ids.extend(begun)
+        if request.stop_checker is not None:
+            request.stop_checker(list(begun))
+        if request.constraint is not None:
+            for token_id in begun:
+                request.constraint.accept(token_id)
 
     def make_pooling(
         self, row: EncodedPrompt, params: PoolingParams, *, priority: int = 0

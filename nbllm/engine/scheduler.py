@@ -287,7 +287,8 @@ class Scheduler:
                 break
             self._num_waiting -= 1
             if request.metrics.num_preemptions == 0:
-                request.num_cached_tokens = request.num_computed_tokens
+                num_cached = min(request.num_computed_tokens, request.num_prompt_tokens)
+                request.num_cached_tokens = num_cached
             request.start_running()
             last = next(reversed(self.running), None)
             is_sorted = is_sorted and (last is None or self._order(last) < entry[:2])
