@@ -18,6 +18,9 @@ class ProgressBar(Protocol):
     def update(self, count: int, **stats: int) -> None:
         """Count `count` more units done, and add to the running totals of `stats`."""
 
+    def expect(self, count: int) -> None:
+        """So many more units are to come than was said before."""
+
     def close(self) -> None:
         """Show the final state; it stays visible."""
 
@@ -60,6 +63,9 @@ class _Silent:
     def update(self, count: int, **stats: int) -> None:
         pass
 
+    def expect(self, count: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -83,6 +89,10 @@ class _Counter:
         self._start = time.monotonic()
         self._last_shown = self._start
         self._is_closed = False
+
+    def expect(self, count: int) -> None:
+        if self._total is not None:
+            self._total += count
 
     def _add(self, count: int, stats: dict[str, int]) -> None:
         self._done += count
@@ -186,6 +196,10 @@ class _Tqdm:
             parts = [f"{rate:,.0f} tokens/s", *_shares_and_failures(self._stats)]
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(count)
+
+    def expect(self, count: int) -> None:
+        if getattr(self._bar, "total", None) is not None:
+            self._bar.total += count
 
     def close(self) -> None:
         self._bar.close()

@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.classify import ClassifySeriesVerbs, ClassifyVerbs
+from nbllm.dataframe.call_options import check_choice
+from nbllm.dataframe.classify import ClassifyVerbs
 from nbllm.dataframe.columns import NEEDS_LOGPROBS, exploded, included, names_of, text_column
-from nbllm.dataframe.embed import EmbedSeriesVerbs, EmbedVerbs
-from nbllm.dataframe.extract import ExtractSeriesVerbs, ExtractVerbs
+from nbllm.dataframe.embed import EmbedVerbs
+from nbllm.dataframe.extract import ExtractVerbs
 from nbllm.dataframe.frame_job import FrameJob
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
 from nbllm.dataframe.generate_verb import (
@@ -30,10 +31,11 @@ from nbllm.dataframe.generate_verb import (
 )
 from nbllm.dataframe.jobs import JobDescription
 from nbllm.dataframe.lint import LintReport, lint
-from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing, series_prompts
-from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing
+from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.semantic_join import JoinVerbs
+from nbllm.dataframe.series_accessor import SeriesAccessor
 from nbllm.dataframe.similarity import SimilarityVerbs
 from nbllm.dataframe.sources import unanswered, with_columns
 from nbllm.dataframe.summarize import register_groupby
@@ -58,7 +60,12 @@ class DataFrameAccessor(
     """`df.llm`: see `generate`."""
 
     def generate(
-        self, column_or_template: Any, sampling_params: Params = None, **options: Any
+        self,
+        column_or_template: Any,
+        sampling_params: Params = None,
+        *,
+        job: bool = False,
+        **options: Any,
     ) -> Any:
         """Answer every row; returns a new frame with the answers in column `out`.
 
@@ -74,11 +81,14 @@ class DataFrameAccessor(
                 bundled demo model.
             out: name of the new column, default "llm"; a text per row, or with `n > 1` a list.
             include: more columns, each `<out>_<name>`: "finish" (stop or length), "usage"
-                (prompt_tokens and completion_tokens), "conf" (geometric mean of the tokens'
-                probabilities), "ppl" (its inverse), "margin" (smallest lead of a token over the
-                next best, in nats).
-            explode: with `n > 1`, a row for each text, as `DataFrame.explode` makes them; "finish",
-                "conf", "ppl" and "margin" are those of the text, "usage" that of all together.
+                (prompt_tokens, cached_tokens: those of them found in the prefix cache, and
+                completion_tokens; of a row that came from its twin or the journal: what that has
+                cost), "conf" (geometric mean of the tokens' probabilities), "ppl" (its inverse),
+                "margin" (smallest lead of a token over the next best, in nats), "logprobs" (a list
+                with a `{"token", "token_id", "logprob", "top"}` dict per token; "top" are the
+                likeliest ones, best first, as many as `logprobs` of the sampling parameters).
+            explode: with `n > 1`, a row for each text, as `DataFrame.explode` makes them; "usage"
+                is that of all together, what else is included that of the text.
             template_format: "f-string", or "jinja2" for text in that language.
             examples: a frame with the template's columns and `out`: shown before each row.
             chat: True sends the prompt as a user's message through the chat template, False as
@@ -88,6 +98,9 @@ class DataFrameAccessor(
                 them, "raise" refuses them.
             errors: "column" puts why a row failed into `<out>_error` (missing where it did not);
                 "warn" only warns; "raise" raises the first error, with the frame in `nbllm.last`.
+            max_errors: once more rows than that have failed, the call stops and raises
+                RequestFailedError, with the frame so far in `nbllm.last`: a number, or below 1.0 a
+                share of all rows. None (the default) is as many as there are.
             overwrite: if `out` exists, answer again those rows that have no answer, and keep the
                 others; without it an existing column is an error.
             dedupe: compute rows that are alike once; "auto": unless chance decides (sampling
@@ -98,13 +111,16 @@ class DataFrameAccessor(
             use_tqdm: show progress; or a callable that makes a tqdm-like bar.
             on_interrupt: "raise" raises `Interrupted`, whose `.partial` is the frame so far, also
                 in `nbllm.last`; "return" returns it, with "interrupted" as the error of the rest.
+            job: True is `submit`: the handle comes at once.
 
         Raises:
             InvalidRequestError: an argument is wrong; `.parameter` names it.
             Interrupted: Ctrl-C; the engine and its other callers go on.
             JournalError: the journal can't be used.
+            RequestFailedError: more than `max_errors` rows have failed; `__cause__` is the first
+                error.
         """
-        return self._call(column_or_template, sampling_params, **options).run()
+        return self._call(column_or_template, sampling_params, **options).answer(job)
 
     def submit(
         self, column_or_template: Any, sampling_params: Params = None, **options: Any
@@ -118,7 +134,14 @@ class DataFrameAccessor(
         """`generate` for any event loop; cancelling the task stops the rows."""
         return await self.submit(column_or_template, sampling_params, **options)
 
-    def chat(self, column: Hashable, sampling_params: Params = None, **options: Any) -> Any:
+    def chat(
+        self,
+        column: Hashable,
+        sampling_params: Params = None,
+        *,
+        job: bool = False,
+        **options: Any,
+    ) -> Any:
         """`generate` for a column of conversations: lists of `{"role", "content"}` messages.
 
         Args:
@@ -127,17 +150,13 @@ class DataFrameAccessor(
 
         The other arguments and errors are those of `generate`.
         """
-        reply = options.pop("reply", "text")
-        check_choice("reply", reply, ("text", "messages"))
-        if not (isinstance(column, Hashable) and column in self._frame.columns):
-            raise InvalidRequestError(f"there is no column {column!r}", parameter="column")
-        out = options.setdefault("out", "llm")
-        answered = self.generate(column, sampling_params, chat=True, **options)
-        if reply == "messages":
-            answered[out] = [
-                None if is_missing(text) else [*_messages(before), _assistant(text)]
-                for before, text in zip(self._frame[column], answered[out], strict=True)
-            ]
+        return self._chat(column, sampling_params, **options).answer(job)
+
+    async def achat(
+        self, column: Hashable, sampling_params: Params = None, **options: Any
+    ) -> pd.DataFrame:
+        """`chat` for any event loop; cancelling the task stops the rows."""
+        answered: pd.DataFrame = await self._chat(column, sampling_params, **options).submit()
         return answered
 
     def retry(self, **arguments: Any) -> Any:
@@ -163,7 +182,8 @@ class DataFrameAccessor(
         **options: Any,
     ) -> LintReport:
         """What `generate` would do with the same arguments: rendered samples, exact counts of
-        tokens, rows that fail or are cut, duplicates, shared beginnings, KV cache, and time.
+        tokens, rows that fail or are cut, missing values, columns that the template leaves out,
+        duplicates, shared beginnings, KV cache, and time.
 
         Args:
             probe: rows that are answered to estimate the time; 0 spends no token.
@@ -172,7 +192,39 @@ class DataFrameAccessor(
         call = self._call(column_or_template, sampling_params, **options)
         params_of = row_params(sampling_params, call.verb.llm, len(self._frame))
         params = [params_of(row) for row in range(len(self._frame))]
-        return lint(call, params, probe=probe, samples=samples)
+        has_fields = isinstance(column_or_template, str) and column_or_template not in self._frame
+        named = call.prompts.num_missing()
+        unused = [name for name in self._frame.columns if has_fields and name not in named]
+        return lint(call, params, unused=unused, probe=probe, samples=samples)
+
+    def _chat(
+        self,
+        column: Hashable,
+        sampling_params: Params,
+        *,
+        reply: str = "text",
+        out: Hashable = "llm",
+        **options: Any,
+    ) -> RowCall:
+        check_choice("reply", reply, ("text", "messages"))
+        if not (isinstance(column, Hashable) and column in self._frame.columns):
+            raise InvalidRequestError(f"there is no column {column!r}", parameter="column")
+        call = self._call(column, sampling_params, chat=True, out=out, **options)
+        if reply == "messages":
+            make_frame = call.make_frame
+
+            def with_conversations(rows: RowJob) -> pd.DataFrame:
+                answered: pd.DataFrame = make_frame(rows)
+                said = zip(self._frame[column], answered[out], strict=True)
+                conversations: Any = [
+                    None if is_missing(text) else [*_messages(before), _assistant(text)]
+                    for before, text in said
+                ]
+                answered[out] = conversations
+                return answered
+
+            call.make_frame = with_conversations
+        return call
 
     def _call(
         self,
@@ -207,18 +259,16 @@ class DataFrameAccessor(
             system=system,
             examples=example_pairs(examples, column_or_template, out, **read),
             keeps_tokens=checked.journal is not None,
+            keeps_logprobs="logprobs" in include,
         )
 
         def make_frame(rows: RowJob) -> pd.DataFrame:
             columns = {out: text_column(rows.results, frame.index)}
             if checked.errors == "column":
                 columns[f"{out}_error"] = error_column(rows, frame.index)
-            more = included(rows.results, frame.index, out, include)
-            columns |= more
-            # The counts of tokens are of all texts of a row together.
-            lists = [name for name in more if not str(name).endswith("_tokens")]
+            columns |= included(rows.results, frame.index, out, include)
             answered = with_columns(frame, columns, rows)
-            return exploded(answered, [out, *lists]) if explode else answered
+            return exploded(answered, out, include) if explode else answered
 
         described = dict(
             options,
@@ -237,83 +287,6 @@ class DataFrameAccessor(
             "generate", arguments_as_json(described), frame, len(frame), llm
         )
         return RowCall(verb, prompts, checked, make_frame, wanted, description)
-
-
-class SeriesAccessor(ClassifySeriesVerbs, EmbedSeriesVerbs, ExtractSeriesVerbs):
-    """`series.llm`: see `generate`."""
-
-    def __init__(self, series: pd.Series[Any]) -> None:
-        self._series = series
-
-    def generate(
-        self, template: Any = None, sampling_params: Params = None, **options: Any
-    ) -> pd.Series[Any]:
-        """Answer every value; returns a Series of answers with the same index.
-
-        Args:
-            template: text with the field `{}`, or a function; None takes the values as prompts.
-            sampling_params: as in the DataFrame's `generate`.
-
-        Keyword args:
-            out: name of the result; default: that of the series.
-            errors: "warn" (the default) leaves a missing answer and warns; "raise" raises the
-                first error.
-
-        The other arguments and errors are those of the DataFrame's `generate`.
-        """
-        answers: pd.Series[Any] = self._call(template, sampling_params, **options).run()
-        return answers
-
-    def submit(
-        self, template: Any = None, sampling_params: Params = None, **options: Any
-    ) -> FrameJob:
-        """`generate` beside the cell: returns at once with a handle; its arguments are the same."""
-        return self._call(template, sampling_params, **options).submit()
-
-    async def agenerate(
-        self, template: Any = None, sampling_params: Params = None, **options: Any
-    ) -> pd.Series[Any]:
-        """`generate` for any event loop; cancelling the task stops the rows."""
-        answers: pd.Series[Any] = await self.submit(template, sampling_params, **options)
-        return answers
-
-    def _call(
-        self,
-        template: Any,
-        sampling_params: Params = None,
-        *,
-        llm: LLM | None = None,
-        out: Hashable = None,
-        template_format: str = "f-string",
-        chat: bool | str = "auto",
-        system: str | None = None,
-        **options: Any,
-    ) -> RowCall:
-        series = self._series
-        checked = read_options(options, errors="warn")
-        if checked.errors == "column":
-            raise InvalidRequestError(
-                "a Series has no column for errors: use errors='warn', or the DataFrame's accessor",
-                parameter="errors",
-            )
-        check_choice("chat", chat, (True, False, "auto"))
-        check_choice("template_format", template_format, FORMATS)
-        prompts = series_prompts(series, template, template_format=template_format, na=checked.na)
-        llm = llm or default_llm()
-        verb = Generate(
-            llm,
-            row_params(sampling_params, llm, len(series)),
-            chat=chat,
-            system=system,
-            keeps_tokens=checked.journal is not None,
-        )
-
-        def make_series(rows: RowJob) -> pd.Series[Any]:
-            answers = text_column(rows.results, series.index)
-            answers.name = series.name if out is None else out
-            return answers
-
-        return RowCall(verb, prompts, checked, make_series)
 
 
 def _messages(cell: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nbllm.dataframe.accessor import DataFrameAccessor
-from nbllm.dataframe.journal import import_arrow
+from nbllm.dataframe.journal import import_arrow, logprobs_type
 from nbllm.dataframe.prompts import is_missing
 from nbllm.default_llm import default_llm
 from nbllm.errors import Interrupted, InvalidRequestError
@@ -85,10 +85,10 @@ class _TableCall:
         self._arguments = list(arguments)
         self._options: dict[str, Any] = {k: self._as_value(v) for k, v in options.items()}
         self._options["llm"] = self._options.get("llm") or default_llm()
-        self._types = _known_types(self._arrow, verb, self._arguments, self._options)
         if verb in JOINING_VERBS:
             self._take_other()
         self._arguments = [self._as_value(value) for value in self._arguments]
+        self._types = _known_types(self._arrow, verb, self._arguments, self._options)
 
     def run(self, method: str) -> Any:
         accessor = DataFrameAccessor(self._frame)
@@ -159,7 +159,8 @@ class _TableCall:
         if known is not None and arrow.types.is_fixed_size_list(known):
             return _vectors(arrow, cells, known)
         if known is not None and arrow.types.is_list(known):
-            cells = [c if c is None or isinstance(c, list) else [c] for c in cells]
+            depth = 2 if arrow.types.is_list(known.value_type) else 1
+            cells = [c if c is None or _depth(c) >= depth else [c] for c in cells]
         try:
             return arrow.array(cells, type=known)
         except arrow.ArrowException as error:
@@ -177,6 +178,11 @@ def _as_table(arrow: Any, table: Any, parameter: str) -> Any:
             f"{parameter} must be a pyarrow.Table, got {type(table).__name__}", parameter=parameter
         )
     return table
+
+
+def _depth(cell: Any) -> int:
+    """How many lists are in each other."""
+    return 1 + max(map(_depth, cell), default=0) if isinstance(cell, list) else 0
 
 
 def _vectors(arrow: Any, cells: list[Any], known: Any) -> Any:
@@ -197,20 +203,23 @@ def _known_types(
         size = options["llm"].model_config.hidden_size
         size = min(options.get("dimensions") or size, size)
         return {str(options.get("out", "embedding")): arrow.list_(arrow.float32(), size)}
-    if verb not in ("generate", "chat", "retry"):
+    if verb not in ("generate", "chat", "retry", "extract"):
         return {}
-    out = str(options.get("out", "llm"))
-    text, number = arrow.string(), arrow.float64()
+    out = str(options.get("out", "extract" if verb == "extract" else "llm"))
+    text, number, tokens = arrow.string(), arrow.float64(), logprobs_type(arrow)
+    if verb == "extract":
+        return {f"{out}_logprobs": tokens}
     if options.get("reply") == "messages":
         message = arrow.struct({"role": text, "content": text})
-        return {out: arrow.list_(message)}
+        return {out: arrow.list_(message), f"{out}_logprobs": tokens}
     params = arguments[1] if len(arguments) > 1 else options.get("sampling_params")
     if not _has_lists(params, options["llm"]):
-        return {}
+        return {f"{out}_logprobs": tokens}
     if options.get("explode"):
-        return {out: text}
+        return {out: text, f"{out}_logprobs": tokens}
     types = {f"{out}_{name}": arrow.list_(number) for name in ("conf", "ppl", "margin")}
     types[f"{out}_finish"] = arrow.list_(text)
+    types[f"{out}_logprobs"] = arrow.list_(tokens)
     types[out] = arrow.list_(text)
     return types
 

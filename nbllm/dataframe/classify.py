@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.frame_verbs import FrameVerbs
 from nbllm.dataframe.label_call import (
     LabelCall,
@@ -25,7 +26,6 @@ from nbllm.dataframe.label_call import (
     score_call,
 )
 from nbllm.dataframe.label_verb import read_labels
-from nbllm.dataframe.row_call import check_choice
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.sources import FrameSource, SeriesSource
 from nbllm.errors import InvalidRequestError
@@ -60,8 +60,8 @@ class ClassifyVerbs(FrameVerbs):
             out: name of the new column, default "label": categorical, with all labels.
             examples: a frame with the template's columns and `out`: shown before each row.
             overwrite: if `out` exists, answer again the rows that have none, and keep the others.
-            chat, system, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
-                on_interrupt: as in `generate`.
+            chat, system, template_format, llm, na, errors, max_errors, dedupe, order, journal,
+                use_tqdm, on_interrupt: as in `generate`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
@@ -88,8 +88,8 @@ class ClassifyVerbs(FrameVerbs):
         Keyword args:
             out: name of the new column, default "score", a Float64.
             job, instruction, calibrate, examples (with labels in column `out`), overwrite, chat,
-                system, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
-                on_interrupt: as in `classify`.
+                system, template_format, llm, na, errors, max_errors, dedupe, order, journal,
+                use_tqdm, on_interrupt: as in `classify`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
@@ -248,7 +248,7 @@ class ClassifyVerbs(FrameVerbs):
             arguments=arguments,
             **(options | {"errors": shown}),
         )
-        call.rows.report = _warn_of_dropped
+        call.rows.warn = _warn_of_dropped
         return call
 
     def _probabilities(self, column: Hashable) -> np.ndarray[Any, Any]:

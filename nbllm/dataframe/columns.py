@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,17 @@ from nbllm.errors import InvalidRequestError
 
 Results = Sequence[RowResult | None]
 
-INCLUDE = ("finish", "usage", "conf", "ppl", "margin")
-NEEDS_LOGPROBS = {"conf": 0, "ppl": 0, "margin": 2}
+INCLUDE = ("finish", "usage", "conf", "ppl", "margin", "logprobs")
+NEEDS_LOGPROBS = {"conf": 0, "ppl": 0, "margin": 2, "logprobs": 0}
 """Columns that are made from log-probabilities, and the least `logprobs` that they need."""
+_DTYPES = {
+    "finish": "string",
+    "conf": "Float64",
+    "ppl": "Float64",
+    "margin": "Float64",
+    "logprobs": "object",
+}
+"""Of the columns that have a value per text, where no row has several."""
 
 
 def names_of(out: Hashable, include: Sequence[str], errors: str) -> list[Hashable]:
@@ -34,7 +42,7 @@ def names_of(out: Hashable, include: Sequence[str], errors: str) -> list[Hashabl
         names.append(f"{out}_error")
     for name in include:
         if name == "usage":
-            names += [f"{out}_prompt_tokens", f"{out}_completion_tokens"]
+            names += [f"{out}_{kind}_tokens" for kind in _COUNTS]
         else:
             names.append(f"{out}_{name}")
     return names
@@ -49,7 +57,7 @@ def text_column(results: Results, index: pd.Index[Any]) -> pd.Series[Any]:
 def text_array(values: list[Any], index: pd.Index[Any]) -> pd.Series[Any]:
     """A column of texts, or of lists of texts."""
     if any(isinstance(value, list) for value in values):
-        return pd.Series(pd.array([*values, None], dtype=object)[:-1], index=index)
+        return _object_array(values, index)
     return pd.Series(pd.array(values, dtype="string"), index=index)
 
 
@@ -60,7 +68,7 @@ def included(
     columns: dict[Hashable, pd.Series[Any]] = {}
     for name in include:
         if name == "usage":
-            for kind, count in (("prompt", _prompt_tokens), ("completion", _completion_tokens)):
+            for kind, count in _COUNTS.items():
                 values = [None if result is None else count(result) for result in results]
                 columns[f"{out}_{kind}_tokens"] = pd.Series(
                     pd.array(values, dtype="Int64"), index=index
@@ -68,27 +76,35 @@ def included(
         elif name == "finish":
             texts = [None if r is None else _one_or_all(r.finish_reasons) for r in results]
             columns[f"{out}_finish"] = text_array(texts, index)
+        elif name == "logprobs":
+            tokens = [None if r is None else _one_or_all(r.logprobs) for r in results]
+            columns[f"{out}_logprobs"] = _object_array(tokens, index)
         else:
             numbers = [None if r is None else _one_or_all(_numbers(r, name)) for r in results]
             columns[f"{out}_{name}"] = _float_array(numbers, index)
     return columns
 
 
-def exploded(frame: pd.DataFrame, names: Sequence[Hashable]) -> pd.DataFrame:
-    """A row for each item of the lists in some columns, which are of one length in a row.
+def exploded(frame: pd.DataFrame, out: Hashable, include: Sequence[str]) -> pd.DataFrame:
+    """A row for each text of a row, with what is included of that text; counts of tokens stay.
 
     Args:
-        frame: columns without lists stay as they are.
-        names: of the columns; those of lists become "string" or "Float64".
+        frame: with the columns of a call; changed.
+        out, include: of the call.
     """
-    of_lists = [name for name in names if frame[name].dtype == object]
-    if not of_lists:
+    if frame[out].dtype != object:  # a text per row
         return frame
-    result = frame.explode(of_lists)
-    for name in of_lists:
-        is_text = any(isinstance(value, str) for value in result[name])
-        result[name] = result[name].astype("string" if is_text else "Float64")
-    return result
+    several = frame[out].map(pd.api.types.is_list_like)
+    names = {out: "string"}
+    for name in include:
+        if name == "logprobs":  # a list, where there is one text, too
+            cells = zip(frame[f"{out}_logprobs"], several, strict=True)
+            lists = [cell if is_list else [cell] for cell, is_list in cells]
+            frame[f"{out}_logprobs"] = _object_array(lists, frame.index)
+        if name != "usage":
+            names[f"{out}_{name}"] = _DTYPES[name]
+    of_lists = [name for name in names if frame[name].dtype == object]
+    return frame.explode(of_lists).astype({name: names[name] for name in of_lists})
 
 
 def _numbers(result: RowResult, name: str) -> list[float]:
@@ -104,17 +120,21 @@ def _numbers(result: RowResult, name: str) -> list[float]:
 
 def _float_array(values: list[Any], index: pd.Index[Any]) -> pd.Series[Any]:
     if any(isinstance(value, list) for value in values):
-        return pd.Series(pd.array([*values, None], dtype=object)[:-1], index=index)
+        return _object_array(values, index)
     return pd.Series(pd.array(values, dtype="Float64"), index=index)
+
+
+def _object_array(values: list[Any], index: pd.Index[Any]) -> pd.Series[Any]:
+    return pd.Series(pd.array([*values, None], dtype=object)[:-1], index=index)
 
 
 def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _prompt_tokens(result: RowResult) -> int:
-    return result.num_prompt_tokens
-
-
-def _completion_tokens(result: RowResult) -> int:
-    return sum(result.num_tokens)
+_COUNTS: dict[str, Callable[[RowResult], int]] = {
+    "prompt": lambda result: result.num_prompt_tokens,
+    "cached": lambda result: result.num_cached_tokens,
+    "completion": lambda result: sum(result.num_tokens),
+}
+"""The columns of "usage"."""

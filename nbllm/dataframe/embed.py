@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.columns import Results
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
 from nbllm.dataframe.generate_verb import arguments_as_json
@@ -25,8 +26,9 @@ from nbllm.dataframe.prompts import (
     is_missing,
     series_prompts,
 )
-from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import Part, RowJob, Verb
+from nbllm.dataframe.sources import series_description
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
 from nbllm.inputs import EncodedPrompt
@@ -98,8 +100,8 @@ class EmbedVerbs(FrameVerbs):
             out: name of the new column, default "embedding"; a float32 numpy array of shape
                 [dimensions] per row, missing where there is none.
             job: True returns at once with the `FrameJob` that `submit` returns.
-            overwrite, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
-                on_interrupt: as in `generate`.
+            overwrite, template_format, llm, na, errors, max_errors, dedupe, order, journal,
+                use_tqdm, on_interrupt: as in `generate`.
 
         Raises:
             InvalidRequestError, Interrupted, JournalError: as `generate`.
@@ -188,6 +190,7 @@ def series_embedding(
     **options: Any,
 ) -> RowCall:
     """The call that makes a Series of vectors of a Series; see `EmbedSeriesVerbs.embed`."""
+    described = dict(options, template=template, out=out, template_format=template_format)
     pooled = pop_pooling(options)
     checked = read_options(options, errors="warn", label="Embedding")
     if checked.errors == "column":
@@ -203,7 +206,9 @@ def series_embedding(
         vectors.name = series.name if out is None else out
         return vectors
 
-    return RowCall(Embed(llm or default_llm(), **pooled), prompts, checked, make_series)
+    llm = llm or default_llm()
+    description = series_description(series, "embed", described, llm)
+    return RowCall(Embed(llm, **pooled), prompts, checked, make_series, None, description)
 
 
 def pop_pooling(options: dict[str, Any]) -> dict[str, Any]:

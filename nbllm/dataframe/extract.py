@@ -15,12 +15,13 @@ from typing import Any
 
 import pandas as pd
 
+from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_column
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
 from nbllm.dataframe.generate_verb import Generate, Params, row_params, with_logprobs
 from nbllm.dataframe.journal import RowResult
 from nbllm.dataframe.prompts import FORMATS
-from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.schemas import Check, Field, parse, read_schema, schema_fields
 from nbllm.dataframe.sources import FrameSource, SeriesSource, Source, unanswered, with_columns
@@ -106,12 +107,12 @@ class ExtractVerbs(FrameVerbs):
             job: True returns at once with the `FrameJob` that `submit` returns.
             overwrite: if the columns exist, answer again the rows where all of them are missing,
                 and keep the others.
-            chat, system, template_format, llm, na, errors, dedupe, order, journal, use_tqdm,
-                on_interrupt: as in `generate`. `nbllm.resume` knows the JSON schema of a class, but
-                not its validators.
+            chat, system, template_format, llm, na, errors, max_errors, dedupe, order, journal,
+                use_tqdm, on_interrupt: as in `generate`. `nbllm.resume` knows the JSON schema of a
+                class, but not its validators.
 
         Raises:
-            InvalidRequestError, Interrupted, JournalError: as `generate`.
+            InvalidRequestError, Interrupted, JournalError, RequestFailedError: as `generate`.
         """
         return self._extract(column_or_template, schema, **options).answer(job)
 
@@ -188,6 +189,7 @@ def _extract_call(
         chat=chat,
         system=system,
         keeps_tokens=checked.journal is not None,
+        keeps_logprobs="logprobs" in others,
     )
     index = source.base.index
 

@@ -13,72 +13,61 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
 
+import nbllm
 from nbllm.dataframe.job_card import JobCard
 from nbllm.dataframe.job_stats import JobStats
-from nbllm.dataframe.row_job import RowJob
+from nbllm.dataframe.passes import Passes
 from nbllm.errors import Interrupted
-from nbllm.progress import ProgressBar
 
 
 class FrameJob:
     """A handle; `await job` and `job.result()` give what the call would have returned.
 
     Args:
-        rows: what is run.
-        make_frame: the result, from what is there.
-        bar: shows the progress.
-        finish: called at the end, whatever comes: closes what the job holds.
-        prepare: awaited before the rows, or None.
+        passes: of the call; the first has begun. The job closes them.
     """
 
-    def __init__(
-        self,
-        rows: RowJob,
-        make_frame: Callable[[], Any],
-        bar: ProgressBar,
-        finish: Callable[[], None],
-        prepare: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        self._rows = rows
-        self._make_frame = make_frame
-        self._bar = bar
-        self._finish = finish
-        self._prepare = prepare
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
         self._future: Future[Any] = Future()
         self._loop = asyncio.new_event_loop()
         self._task: asyncio.Task[None] | None = None
         self._is_cancelled = False
         self._started = time.monotonic()
         self._ended: float | None = None
-        self._card = JobCard(rows, self._future, lambda: f"{self._state()}: {self.stats}")
+        self._card = JobCard(passes, self._future, lambda: f"{self._state()}: {self.stats}")
         self._thread = threading.Thread(target=self._run, name="nbllm-frame-job", daemon=True)
         self._thread.start()
 
     @property
     def frame(self) -> Any:
-        """The result as far as the rows have ended; the others are missing."""
-        return self._make_frame()
+        """The result as far as the rows have ended; the others are missing.
+
+        Of a verb that goes over rows several times it is, before the end, what comes of the last
+        time: of `dedup` the vectors so far, of `join` the pairs with p(yes) where it is known.
+        """
+        return self._passes.frame()
 
     @property
     def num_done(self) -> int:
         """Rows that have ended, well or not."""
-        return len(self._rows.settled)
+        return sum(len(rows.settled) for rows in self._passes.counted)
 
     @property
     def num_rows(self) -> int:
-        """Rows that are answered when it is done."""
-        return len(self._rows.rows)
+        """Rows that are answered when it is done, as far as it is known."""
+        return sum(len(rows.rows) for rows in self._passes.counted)
 
     @property
     def stats(self) -> JobStats:
         """Rows, tokens and their rates, as of now or of the end."""
         ended = time.monotonic() if self._ended is None else self._ended
-        return JobStats.of(self._rows, ended - self._started)
+        return JobStats.of(self._passes.counted, ended - self._started)
 
     def done(self) -> bool:
         """True once `result` does not wait any more."""
@@ -147,22 +136,30 @@ class FrameJob:
             self._future.set_exception(error)
 
     def _outcome(self) -> Any:
-        """Run the rows to their end, or to the cancellation, and close what the job holds."""
+        """Go through the passes to their end, or to the cancellation, and close them."""
+        passes = self._passes
         try:
-            with closing(self._loop), closing(self._bar):
-                self._loop.run_until_complete(self._run_rows())
-        except asyncio.CancelledError:
-            self._rows.mark_unfinished()
-            raise Interrupted("the job was cancelled", partial=self._make_frame()) from None
+            with closing(self._loop), closing(passes):
+                self._loop.run_until_complete(self._run_passes())
+        except BaseException as error:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            if is_cancelled:
+                passes.mark_unfinished()
+            nbllm.last = passes.frame()
+            if is_cancelled:
+                raise Interrupted("the job was cancelled", partial=nbllm.last) from None
+            raise
         finally:
             self._ended = time.monotonic()
-            self._finish()
-        return self._make_frame()
+        return passes.result
 
-    async def _run_rows(self) -> None:
+    async def _run_passes(self) -> None:
         self._task = asyncio.current_task()
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-        if self._prepare is not None:
-            await self._prepare()
-        await self._rows.arun(self._bar)
+        passes = self._passes
+        rows = passes.rows  # of the first, which has begun
+        while rows is not None:
+            if self._is_cancelled:
+                raise asyncio.CancelledError
+            await rows.arun(passes.bar)
+            passes.end(3)
+            rows = passes.begin()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from nbllm.dataframe.call_options import CallOptions
 from nbllm.dataframe.columns import text_array
-from nbllm.dataframe.row_call import CallOptions
 from nbllm.dataframe.row_job import RowJob
 from nbllm.errors import InvalidRequestError
 
@@ -61,8 +61,7 @@ def read_options(options: dict[str, Any], **defaults: Any) -> CallOptions:
     """
     if "job" in options:
         raise InvalidRequestError(
-            "there is no job= here: classify, score, filter, extract and embed take it, and "
-            "generate has submit",
+            "there is no job= here: the verb whose result it would be takes it",
             parameter="job",
         )
     try:

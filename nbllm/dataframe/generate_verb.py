@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.journal import RowResult
+from nbllm.dataframe.journal import ChosenToken, RowResult, TokenLogprob
 from nbllm.dataframe.prompts import frame_prompts, is_conversation, is_missing
 from nbllm.dataframe.row_job import Part, Verb
 from nbllm.errors import InvalidRequestError
 from nbllm.inputs import EncodedPrompt
 from nbllm.llm import LLM
-from nbllm.outputs import CompletionOutput, RequestOutput
+from nbllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nbllm.sampling_params import (
     RepetitionDetectionParams,
     SamplingParams,
@@ -48,6 +48,7 @@ class Generate(Verb):
         system: a system message for every row (implies chat).
         examples: shown before each row.
         keeps_tokens: token ids are part of the result.
+        keeps_logprobs: log-probabilities of the tokens are, too.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Generate(Verb):
         system: str | None = None,
         examples: Sequence[Example] = (),
         keeps_tokens: bool = False,
+        keeps_logprobs: bool = False,
     ) -> None:
         self.llm = llm
         self._params_of = params_of
@@ -69,6 +71,7 @@ class Generate(Verb):
         self._system = system
         self._examples = examples
         self._keeps_tokens = keeps_tokens
+        self._keeps_logprobs = keeps_logprobs
         self._last: tuple[SamplingParams, dict[str, Any]] | None = None  # and its identity
 
     def render(self, prompt: Any) -> Any:
@@ -103,7 +106,8 @@ class Generate(Verb):
         if params.temperature > 0 and params.seed is None:
             return None
         if self._last is None or self._last[0] is not params:
-            self._last = params, params_identity(params)
+            wish = {"keeps_logprobs": True} if self._keeps_logprobs else {}
+            self._last = params, params_identity(params) | wish
         return self._last[1]
 
     def open(self, rows: Iterator[tuple[Any, Any, int]]) -> Any:
@@ -112,14 +116,18 @@ class Generate(Verb):
     def result(self, outputs: list[RequestOutput], row: int) -> RowResult | Exception:
         output = outputs[0]
         completions = output.outputs
-        reports = self._params_of(row).logprobs is not None
+        num_top = self._params_of(row).logprobs
         return RowResult(
             texts=[completion.text for completion in completions],
             token_ids=[list(c.token_ids) for c in completions] if self._keeps_tokens else [],
             finish_reasons=[str(completion.finish_reason) for completion in completions],
             num_tokens=[len(completion.token_ids) for completion in completions],
             num_prompt_tokens=len(output.prompt_token_ids or ()),
-            numbers=[n for c in completions for n in _confidence(c)] if reports else [],
+            num_cached_tokens=output.num_cached_tokens,
+            numbers=[n for c in completions for n in _confidence(c)] if num_top is not None else [],
+            logprobs=[_token_logprobs(c, num_top or 0) for c in completions]
+            if self._keeps_logprobs
+            else [],
         )
 
 
@@ -202,6 +210,19 @@ def _confidence(completion: CompletionOutput) -> tuple[float, float]:
             lead = entry[token_id].logprob - max(others)
             margin = lead if margin != margin else min(margin, lead)
     return float(completion.cumulative_logprob or 0.0), margin
+
+
+def _token_logprobs(completion: CompletionOutput, num_top: int) -> list[ChosenToken]:
+    tokens: list[ChosenToken] = []
+    for entry, token_id in zip(completion.logprobs or [], completion.token_ids, strict=False):
+        likeliest = sorted(entry.items(), key=lambda item: -item[1].logprob)
+        top = [_token_logprob(*item) for item in likeliest[: num_top if num_top >= 0 else None]]
+        tokens.append({**_token_logprob(token_id, entry[token_id]), "top": top})
+    return tokens
+
+
+def _token_logprob(token_id: int, entry: Logprob) -> TokenLogprob:
+    return {"token": entry.decoded_token, "token_id": token_id, "logprob": entry.logprob}
 
 
 def _as_json(value: Any) -> Any:

@@ -9,18 +9,16 @@ from typing import Any
 
 
 class OneInterrupt:
-    """Between a first Ctrl-C, or `hold`, and the end of the block no other one is raised.
+    """After a first Ctrl-C no other one is raised to the end of the block, nor between `hold` and
+    `release`.
 
     A context manager. In another thread than the main one, which gets no Ctrl-C, it does nothing.
-
-    Attributes:
-        came_late: there was none before `hold`, and one after it.
     """
 
     def __init__(self) -> None:
-        self.came_late = False
         self._is_held = False
         self._was_raised = False
+        self._came_late = False  # one that was held back
         self._previous: Any = None
 
     def __enter__(self) -> OneInterrupt:
@@ -39,9 +37,16 @@ class OneInterrupt:
         """From now on none is raised. Idempotent."""
         self._is_held = True
 
+    def release(self) -> None:
+        """End of `hold`: one that came meanwhile is raised."""
+        self._is_held = self._was_raised = self._came_late
+        if self._came_late:
+            self._came_late = False
+            raise KeyboardInterrupt
+
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._is_held:
-            self.came_late = not self._was_raised
+            self._came_late = not self._was_raised
             return
         # Held before it is raised: there is no moment at which the next one could get through.
         self._is_held = self._was_raised = True

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from nbllm.dataframe.passes import Passes
 from nbllm.dataframe.row_job import RowJob
 from nbllm.notebook_cell import show_replaceable
 
@@ -27,13 +28,13 @@ class JobCard:
     """One output of a cell, or of several.
 
     Args:
-        rows: what is run.
+        passes: what is run.
         future: done when the job has ended.
         make_line: what is said of the job as a whole.
     """
 
-    def __init__(self, rows: RowJob, future: Future[Any], make_line: Callable[[], str]) -> None:
-        self._rows = rows
+    def __init__(self, passes: Passes, future: Future[Any], make_line: Callable[[], str]) -> None:
+        self._passes = passes
         self._future = future
         self._make_line = make_line
         self._id = uuid.uuid4().hex
@@ -57,8 +58,9 @@ class JobCard:
 
     def bundle(self) -> dict[str, str]:
         """A line, and the first rows that have ended, those that failed before the others."""
-        line = self._make_line()
-        rows = [(str(row), *self._ended(row)) for row in self._rows.first_ended(_NUM_ROWS)]
+        line, last = self._make_line(), self._passes.rows
+        ended = [(row, last) for row in last.first_ended(_NUM_ROWS)] if last is not None else []
+        rows = [(str(row), *_end_of(last, row)) for row, last in ended]
         head = "<tr><th>row</th><th></th><th>result</th></tr>"
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -67,17 +69,6 @@ class JobCard:
         table = f"<table>{head}{body}</table>" if rows else ""
         text = "\n".join([line, *("  ".join(row) for row in rows)])
         return {"text/plain": text, "text/html": f"<code>{html.escape(line)}</code>{table}"}
-
-    def _ended(self, row: int) -> tuple[str, str]:
-        error = self._rows.errors.get(row)
-        if error is not None:
-            return "failed", _cut(str(error) or type(error).__name__)
-        result = self._rows.results[row]
-        assert result is not None
-        if result.texts:
-            return "done", _cut(result.texts[0])
-        numbers = ", ".join(f"{number:.4g}" for number in result.numbers[:_NUM_ROWS])
-        return "done", numbers + (", …" if len(result.numbers) > _NUM_ROWS else "")
 
     def _run(self) -> None:
         from IPython.display import update_display
@@ -94,6 +85,18 @@ class JobCard:
                     update_display(data, raw=True, display_id=self._id)
         except Exception:  # nobody waits for a picture: the job goes on
             logger.exception("the job is shown no more")
+
+
+def _end_of(rows: RowJob, row: int) -> tuple[str, str]:
+    error = rows.errors.get(row)
+    if error is not None:
+        return "failed", _cut(str(error) or type(error).__name__)
+    result = rows.results[row]
+    assert result is not None
+    if result.texts:
+        return "done", _cut(result.texts[0])
+    numbers = ", ".join(f"{number:.4g}" for number in result.numbers[:_NUM_ROWS])
+    return "done", numbers + (", …" if len(result.numbers) > _NUM_ROWS else "")
 
 
 def _cut(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ class JobStats:
     """Counts of one call, as of one moment.
 
     Attributes:
-        num_rows: rows that are answered when it is done.
+        num_rows: rows that are answered when it is done, as far as it is known: those of all
+            times that a call goes over rows.
         num_done: rows that have ended, well or not.
         num_failed: rows that came to nothing.
         num_known: rows that came from the journal.
@@ -40,19 +42,19 @@ class JobStats:
     first_token_p99_s: float | None
 
     @classmethod
-    def of(cls, rows: RowJob, seconds: float) -> JobStats:
-        """Those of a job that has run for `seconds`; the job may go on meanwhile."""
-        totals, latencies = rows.totals, np.array(rows.first_token_s[:])
+    def of(cls, passes: Sequence[RowJob], seconds: float) -> JobStats:
+        """Those of a call that has run for `seconds`; its last pass may go on meanwhile."""
+        latencies = np.concatenate([[], *(np.array(rows.first_token_s[:]) for rows in passes)])
         p50, p99 = np.percentile(latencies, (50, 99)).tolist() if len(latencies) else (None, None)
         return cls(
-            num_rows=len(rows.rows),
-            num_done=len(rows.settled),
-            num_failed=len(rows.errors),
-            num_known=rows.num_known,
-            num_twins=rows.num_twins,
-            num_prompt_tokens=totals.get("prompt_tokens", 0),
-            num_cached_tokens=totals.get("cached_tokens", 0),
-            num_tokens=totals.get("tokens", 0),
+            num_rows=sum(len(rows.rows) for rows in passes),
+            num_done=sum(len(rows.settled) for rows in passes),
+            num_failed=sum(len(rows.errors) for rows in passes),
+            num_known=sum(rows.num_known for rows in passes),
+            num_twins=sum(rows.num_twins for rows in passes),
+            num_prompt_tokens=sum(rows.totals.get("prompt_tokens", 0) for rows in passes),
+            num_cached_tokens=sum(rows.totals.get("cached_tokens", 0) for rows in passes),
+            num_tokens=sum(rows.totals.get("tokens", 0) for rows in passes),
             seconds=seconds,
             first_token_p50_s=p50,
             first_token_p99_s=p99,

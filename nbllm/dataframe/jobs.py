@@ -39,6 +39,9 @@ class JobDescription:
         frame: what it runs on.
         num_rows: that are answered in the end.
         llm: who answers.
+        owner: whose accessor it is; None is that of the frame, {"series": name} that of the frame's
+            one column under this name, {"groupby": arguments, "column": name or None} that of
+            groups of the frame, or of a column of them.
     """
 
     verb: str
@@ -46,6 +49,7 @@ class JobDescription:
     frame: pd.DataFrame
     num_rows: int
     llm: LLM
+    owner: dict[str, Any] | None = None
 
 
 def journal_folder(journal: Any) -> Path:
@@ -124,13 +128,13 @@ def resume(name: Any, *, llm: LLM | None = None, **changes: Any) -> Any:
     described = _read(folder)
     if described["arguments"] is None:
         raise JournalError(
-            f"the job {name!r} has a function among its arguments: run its cell again, with the "
-            "same journal, and finished rows are found"
+            f"the job {name!r} has a function, or another frame, among its arguments: run its cell "
+            "again, with the same journal, and finished rows are found"
         )
-    frame = _read_frame(folder)
+    owner = _owner(_read_frame(folder), described.get("owner"))
     if llm is None:
         llm = find_llm(described["model"])
-    method = getattr(frame.llm, described["verb"])
+    method = getattr(owner.llm, described["verb"])
     return method(
         **(arguments_from_json(described["arguments"]) | {"llm": llm, "journal": folder} | changes)
     )
@@ -148,6 +152,7 @@ def describe(description: JobDescription) -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "verb": description.verb,
         "arguments": description.arguments,
+        "owner": description.owner,
         "num_rows": description.num_rows,
         "model": {
             "name": llm.model_name,
@@ -215,6 +220,16 @@ def _read_frame(folder: Path) -> pd.DataFrame:
     except (OSError, arrow.ArrowException) as error:
         raise JournalError(f"{folder / _INPUT} can't be read: {error}") from error
     return frame
+
+
+def _owner(frame: pd.DataFrame, owner: dict[str, Any] | None) -> Any:
+    """What the method's accessor is that of, see `JobDescription`."""
+    if owner is None:
+        return frame
+    if "series" in owner:
+        return frame.iloc[:, 0].rename(owner["series"])
+    groups = frame.groupby(**owner["groupby"])
+    return groups if owner["column"] is None else groups[owner["column"]]
 
 
 def _changed(path: Path) -> float:

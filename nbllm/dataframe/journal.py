@@ -4,6 +4,7 @@
       job.json              what the job is, see `nbllm.dataframe.jobs`
       lock                  held by the one process that writes
       part-00000001.parquet rows that ended, with the key of each; written whole, never changed
+      begun.parquet         rows that have not ended, see `nbllm.dataframe.begun_rows`
       part-....parquet.tmp  what was being written when a process died: never read
 
 It is checkpoint and cache at once. A row's key is a hash of all that decides its result (weights,
@@ -20,16 +21,47 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from nbllm.dataframe.begun_rows import BegunRows
 from nbllm.errors import JournalError
 
 FLUSH_S = 1.0
 _MAX_WAITING = 4096  # rows; more are written at once
 _MERGE_PARTS = 64  # as many small parts are made one when a writer opens
+_ADDED = ("num_cached_tokens", "logprobs")  # columns that parts of earlier versions lack
+
+
+class TokenLogprob(TypedDict):
+    """A token.
+
+    Attributes:
+        token: its text; None without a tokenizer.
+        token_id: in the vocabulary.
+        logprob: its log-probability, in nats.
+    """
+
+    token: str | None
+    token_id: int
+    logprob: float
+
+
+class ChosenToken(TokenLogprob):
+    """A generated token.
+
+    Attributes:
+        top: the likeliest tokens in its place, best first; none if no others were asked for.
+    """
+
+    top: list[TokenLogprob]
+
+
+InFlight = Mapping[bytes, Sequence["array[int]"]]
+"""Token ids of each text of rows that have not ended, by key."""
 
 
 @dataclass(slots=True)
@@ -42,8 +74,11 @@ class RowResult:
         finish_reasons: of each text: "stop" or "length".
         num_tokens: of each text.
         num_prompt_tokens: of the prompt.
+        num_cached_tokens: those of them that were in the prefix cache when this was computed; 0 if
+            a version wrote it that did not count them.
         numbers: what belongs to the verb: probabilities of labels, an embedding, or for each text
             its cumulative log-probability and smallest margin.
+        logprobs: of each text, if they are wanted: a dict per token.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -51,7 +86,9 @@ class RowResult:
     finish_reasons: list[str] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     numbers: Sequence[float] = field(default_factory=list)
+    logprobs: list[list[ChosenToken]] = field(default_factory=list)
 
 
 class Journal:
@@ -75,8 +112,11 @@ class Journal:
         self._is_closed = False
         self._error: JournalError | None = None
         self._lock = _lock_folder(folder)
+        self._followed: Callable[[], InFlight] | None = None
+        self._left: InFlight | None = None  # of a call that was followed, to be written
         try:
             self._known = dict(self._read_parts())
+            self._begun = BegunRows(folder, self._arrow, write_whole)
             self._next_part = 1 + max((_part_number(path) for path in _parts(folder)), default=0)
         except BaseException:
             self._lock.release()
@@ -97,6 +137,32 @@ class Journal:
         """What the row of a key came to, if that was known when the journal was opened."""
         return self._known.get(key)
 
+    def begun(self, key: bytes) -> list[array[int]]:
+        """Token ids that each text of a row had when a job was cut; an empty list if none."""
+        return self._begun.get(key)
+
+    @contextlib.contextmanager
+    def following(self, in_flight: Callable[[], InFlight]) -> Iterator[None]:
+        """Keep what rows in flight have so far, each `flush_s` seconds and at the end.
+
+        Args:
+            in_flight: gives token ids of each text of the rows in flight, by key; called in the
+                journal's thread, and by the caller's at the end.
+        """
+        with self._changed:
+            self._followed = in_flight
+            self._changed.notify()
+        left: InFlight = {}  # of a call that came to its end there is nothing to go on with
+        try:
+            yield
+        except BaseException:
+            left = in_flight()
+            raise
+        finally:
+            with self._changed:
+                self._followed, self._left = None, left
+                self._changed.notify()
+
     def append(self, key: bytes, result: RowResult) -> None:
         """Keep a result; it is on the disk after `flush_s` seconds at the latest.
 
@@ -108,6 +174,7 @@ class Journal:
                 raise self._error
             if self._is_closed:
                 raise JournalError(f"the journal {self.folder} is closed")
+            self._begun.discard(key)
             self._waiting.append((key, result))
             if len(self._waiting) == 1 or len(self._waiting) >= _MAX_WAITING:
                 self._changed.notify()
@@ -132,14 +199,19 @@ class Journal:
         """The writer's thread."""
         while True:
             with self._changed:
-                while not (self._waiting or self._is_closed):
+                while not (self._waiting or self._is_closed or self._followed or self._left):
                     self._changed.wait()
                 if not self._is_closed and len(self._waiting) < _MAX_WAITING:
                     self._changed.wait(self._flush_s)
                 rows, self._waiting = self._waiting, []
+                left, self._left, followed = self._left, None, self._followed
             try:
                 if rows:
                     self._write_part(rows)
+                if left is not None:
+                    self._begun.update(left, is_last=True)
+                elif followed is not None:
+                    self._begun.update(followed(), is_last=False)
             except Exception as error:
                 with self._changed:
                     self._error = JournalError(
@@ -148,7 +220,7 @@ class Journal:
                     )
                     self._error.__cause__ = error
                 return
-            if self._is_closed and not self._waiting:
+            if self._is_closed and not self._waiting and self._left is None:
                 return
 
     def _write_part(self, rows: list[tuple[bytes, RowResult]]) -> None:
@@ -209,15 +281,28 @@ def _schema(arrow: Any) -> Any:
             "finish_reasons": texts,
             "num_tokens": arrow.list_(arrow.int64()),
             "num_prompt_tokens": arrow.int64(),
+            "num_cached_tokens": arrow.int64(),
             "numbers": arrow.list_(arrow.float64()),
+            "logprobs": arrow.list_(logprobs_type(arrow)),
         }
     )
+
+
+def logprobs_type(arrow: Any) -> Any:
+    """The Arrow type of a text's log-probabilities."""
+    token = {"token": arrow.string(), "token_id": arrow.int64(), "logprob": arrow.float64()}
+    top = arrow.list_(arrow.struct(token))
+    return arrow.list_(arrow.struct(token | {"top": top}))
 
 
 def _read_part(arrow: Any, path: Path) -> list[tuple[bytes, RowResult]]:
     try:
         table = arrow.parquet.read_table(path)
-        if table.schema != _schema(arrow):
+        names = table.schema.names
+        expected = [
+            item for item in _schema(arrow) if item.name in names or item.name not in _ADDED
+        ]
+        if table.schema != arrow.schema(expected):
             raise ValueError("its columns are those of another version of nbllm")
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise JournalError(

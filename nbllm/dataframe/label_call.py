@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nbllm.dataframe.frame_job import FrameJob
+from nbllm.dataframe.call_options import CallOptions, check_choice
+from nbllm.dataframe.frame_call import FrameCall
 from nbllm.dataframe.frame_verbs import error_column, read_options
 from nbllm.dataframe.label_verb import ScoreLabels, probabilities, read_labels
-from nbllm.dataframe.prompts import FORMATS
-from nbllm.dataframe.row_call import CallOptions, RowCall, check_choice
+from nbllm.dataframe.passes import Steps
+from nbllm.dataframe.prompts import FORMATS, Prompts
+from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.sources import Source, unanswered, with_columns
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
-from nbllm.progress import progress_bar
 
 INCLUDE = ("p", "margin", "mass", "all")
 YES_NO = {"yes": 1.0, "no": 0.0}
@@ -56,13 +56,13 @@ class LabelScores:
 
 
 @dataclass(slots=True)
-class LabelCall:
-    """A call: `answer` or `submit` calibrates, if that is wanted, and goes through the rows.
+class LabelCall(FrameCall):
+    """A call that calibrates, if that is wanted, and goes through the rows.
 
     Attributes:
         verb: scores.
         options: of the rows.
-        rows: the call.
+        rows: the pass over them.
         bias: [L] float64, see `LabelScores`.
         content_free: the prompt that calibrates, or None.
     """
@@ -73,33 +73,30 @@ class LabelCall:
     content_free: Any = None
     rows: RowCall = field(init=False)
 
-    def answer(self, job: bool) -> Any:
-        """As `RowCall.answer`."""
-        check_choice("job", job, (True, False))
-        if job:
-            return self.submit()
-        self._calibrate()
-        return self.rows.run(stacklevel=3)
+    def steps(self) -> Steps:
+        """See `FrameCall.steps`.
 
-    def submit(self) -> FrameJob:
-        """As `RowCall.submit`; the job calibrates, too."""
-        self.rows.prepare = self._acalibrate
-        return self.rows.submit()
-
-    def _calibrate(self) -> None:
-        """Score the content-free prompt."""
+        Raises:
+            InvalidRequestError: the content-free prompt can't be scored.
+        """
         if self.content_free is not None:
-            job = RowJob(self.verb, [self.content_free])
-            with closing(progress_bar(1, "", enabled=False)) as bar:
-                job.run(bar)
-            self._take_bias(job)
-
-    async def _acalibrate(self) -> None:
-        if self.content_free is not None:
-            job = RowJob(self.verb, [self.content_free])
-            with closing(progress_bar(1, "", enabled=False)) as bar:
-                await job.arun(bar)
-            self._take_bias(job)
+            prompts = Prompts({"": [self.content_free]}, 1, lambda values: values[""])
+            none_ended = RowJob(self.verb, self.rows.prompts, rows=[])
+            calibration = yield RowCall(
+                self.verb,
+                prompts,
+                CallOptions(),
+                lambda rows: self.rows.make_result(none_ended),
+                is_counted=False,
+            )
+            (result,) = calibration.results
+            if result is None:
+                raise InvalidRequestError(
+                    f"the content-free input can't be scored: {calibration.errors[0]}",
+                    parameter="calibrate",
+                )
+            self.bias[:] = result.numbers
+        return (yield from self.rows.steps())
 
     def scores(self, job: RowJob, index: pd.Index[Any]) -> LabelScores:
         """What the rows of a job came to."""
@@ -109,14 +106,6 @@ class LabelCall:
             if result is not None:
                 logprobs[row] = result.numbers
         return LabelScores(labels, index, logprobs, self.bias)
-
-    def _take_bias(self, job: RowJob) -> None:
-        (result,) = job.results
-        if result is None:
-            raise InvalidRequestError(
-                f"the content-free input can't be scored: {job.errors[0]}", parameter="calibrate"
-            )
-        self.bias[:] = result.numbers
 
 
 def label_call(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import time
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -19,6 +20,10 @@ from nbllm.llm import LLM
 from nbllm.progress import progress_bar
 from nbllm.sampling_params import SamplingParams
 
+_NUM_NAMES = 6
+_NUM_BARS = 24
+_BARS = " ▁▂▃▄▅▆▇█"
+
 
 @dataclass(slots=True)
 class LintReport:
@@ -27,6 +32,8 @@ class LintReport:
     Attributes:
         num_rows: of the frame.
         num_missing: rows with a missing value: not answered.
+        missing: missing values by column, of those that the template names and that have some.
+        unused: columns that the template does not name, if it is text with fields.
         num_empty: prompts without a letter but blanks.
         num_failed: prompts that can't be made; `errors` counts why.
         num_duplicates: rows that are the same tokens as an earlier one.
@@ -43,6 +50,8 @@ class LintReport:
 
     num_rows: int
     num_missing: int
+    missing: dict[Hashable, int] = field(default_factory=dict)
+    unused: Sequence[Hashable] = ()
     num_empty: int = 0
     num_failed: int = 0
     num_duplicates: int = 0
@@ -75,12 +84,19 @@ class LintReport:
             if count:
                 lines.append(f"  {count:,} {what}")
         lines += [f"  {count:,}x {text}" for text, count in self.errors.most_common(3)]
+        if self.missing:
+            counts = [f"{name} {count:,}" for name, count in self.missing.items()]
+            lines.append(f"missing values: {_first(counts)}")
+        if self.unused:
+            lines.append(f"columns that are not in the template: {_first(self.unused)}")
         if len(tokens):
-            low, middle, high = np.percentile(tokens, [0, 50, 95]).astype(int)
+            low, p50, p90, p99, high = np.percentile(tokens, [0, 50, 90, 99, 100]).astype(int)
             lines.append(
-                f"prompt tokens: {int(tokens.sum()):,}; {low:,} to {int(tokens.max()):,} a row, "
-                f"median {middle:,}, 95% up to {high:,}"
+                f"prompt tokens: {int(tokens.sum()):,}; a row p50 {p50:,}, p90 {p90:,}, "
+                f"p99 {p99:,}, max {high:,}"
             )
+            if low < high:
+                lines.append(f"  {low:,} |{_histogram(tokens)}| {high:,}")
             share = self.shared_tokens / max(int(tokens.sum()), 1)
             lines.append(f"shared with the row before, in the engine's order: {share:.0%}")
             lines.append(f"the KV cache holds about {self.max_rows_at_once:,} such rows at once")
@@ -90,18 +106,27 @@ class LintReport:
         return lines
 
 
-def lint(call: RowCall, params: list[SamplingParams], *, probe: int, samples: int) -> LintReport:
+def lint(
+    call: RowCall,
+    params: list[SamplingParams],
+    *,
+    unused: Sequence[Hashable],
+    probe: int,
+    samples: int,
+) -> LintReport:
     """Tokenize all rows of a call, and answer some.
 
     Args:
         call: not run.
         params: one per row.
+        unused: columns that the template does not name.
         probe: rows that are answered to estimate the time; 0 estimates none.
         samples: prompts to show.
     """
     llm = call.verb.llm
     rows = _rows(call)
-    report = LintReport(len(call.prompts), rows.num_missing)
+    missing = {name: count for name, count in call.prompts.num_missing().items() if count}
+    report = LintReport(len(call.prompts), rows.num_missing, missing, unused)
     lengths: list[int] = []
     seen: set[bytes] = set()
     before = np.zeros(0, dtype=np.uint32)
@@ -138,6 +163,20 @@ def _rows(call: RowCall, rows: list[int] | None = None) -> RowJob:
     return RowJob(
         call.verb, call.prompts, rows=wanted, missing=call.prompts.missing(), dedupe=False
     )
+
+
+def _first(names: Sequence[Hashable]) -> str:
+    """The first of some names, and how many follow."""
+    rest = len(names) - _NUM_NAMES
+    shown = ", ".join(map(str, names[:_NUM_NAMES]))
+    return shown if rest <= 0 else f"{shown} and {rest:,} more"
+
+
+def _histogram(values: np.ndarray) -> str:
+    """Bars for ranges of one width, from the smallest value to the largest; none is a blank."""
+    counts, _ = np.histogram(values, bins=_NUM_BARS)
+    heights = -(-counts * (len(_BARS) - 1) // counts.max())  # rounded up: whatever counts is seen
+    return "".join(_BARS[height] for height in heights)
 
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:

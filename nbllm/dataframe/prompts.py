@@ -24,6 +24,7 @@ class Prompts(Sequence[Any]):
         num_rows: how many.
         render: (values of a row by name) -> prompt.
         keeps_missing: missing values reach `render` as empty texts.
+        names_columns: False if a function gets `columns`, and nobody knows which it reads.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Prompts(Sequence[Any]):
         render: Callable[[dict[Hashable, Any]], Any],
         *,
         keeps_missing: bool = False,
+        names_columns: bool = True,
     ) -> None:
         self._columns = columns
         self._num_rows = num_rows
         self._render = render
         self._keeps_missing = keeps_missing
+        self._names_columns = names_columns
 
     def __len__(self) -> int:
         return self._num_rows
@@ -55,6 +58,11 @@ class Prompts(Sequence[Any]):
             return error
         except Exception as error:  # the user's template, or function
             return InvalidRequestError(f"the template does not suit this row: {error}")
+
+    def num_missing(self) -> dict[Hashable, int]:
+        """How many values are missing in each column that the template names."""
+        columns = self._columns if self._names_columns else {}
+        return {name: sum(map(is_missing, column)) for name, column in columns.items()}
 
     def missing(self) -> list[bool]:
         """Which rows have a value missing."""
@@ -90,9 +98,9 @@ def frame_prompts(
     if isinstance(source, Hashable) and source in frame.columns:
         return prompts([source], lambda values: prompt_of(values[source]))
     if callable(source):
-        return Prompts(_all_columns(frame), len(frame), source, keeps_missing=True)
+        return _of_all_columns(frame, source)
     if hasattr(source, "render"):
-        return Prompts(_all_columns(frame), len(frame), _jinja_renderer(source), keeps_missing=True)
+        return _of_all_columns(frame, _jinja_renderer(source))
     if not isinstance(source, str):
         raise InvalidRequestError(f"there is no column {source!r}", parameter="column_or_template")
     if template_format == "jinja2":
@@ -186,8 +194,9 @@ def _column(frame: pd.DataFrame, name: Hashable) -> list[Any]:
     return list(column.tolist())
 
 
-def _all_columns(frame: pd.DataFrame) -> dict[Hashable, list[Any]]:
-    return {name: _column(frame, name) for name in frame.columns}
+def _of_all_columns(frame: pd.DataFrame, render: Callable[[dict[Hashable, Any]], Any]) -> Prompts:
+    columns: dict[Hashable, list[Any]] = {name: _column(frame, name) for name in frame.columns}
+    return Prompts(columns, len(frame), render, keeps_missing=True, names_columns=False)
 
 
 def _pieces(template: str, values: dict[Hashable, Any]) -> Iterator[str]:

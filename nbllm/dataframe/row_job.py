@@ -13,11 +13,13 @@ import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from nbllm.dataframe.journal import Journal, RowResult
-from nbllm.errors import Interrupted, InvalidRequestError
+from nbllm.errors import Interrupted, InvalidRequestError, RequestFailedError
 from nbllm.inputs import EncodedPrompt
 from nbllm.llm import LLM
 from nbllm.progress import ProgressBar
@@ -73,6 +75,7 @@ class RowJob:
         missing: which rows have a value missing: they are not answered.
         dedupe: rows with the same key are computed once; "auto": where chance has no part.
         in_order: rows go to the engine as they stand.
+        max_errors: so many rows may fail, or below 1.0 such a share of `rows`; None: all.
         journal: where results are kept and found, or None.
         model_identity: stands for weights and tokenizer, with a journal.
 
@@ -80,6 +83,7 @@ class RowJob:
         results: what each row came to, or None.
         errors: why a row came to nothing, by position.
         rows: those that are answered: wanted, and not missing.
+        is_interrupted: `mark_unfinished` was called.
         num_missing: wanted rows whose values are missing.
         settled: rows that have ended, well or not, in that order.
         num_known: rows that came from the journal.
@@ -97,6 +101,7 @@ class RowJob:
         missing: Sequence[bool] = (),
         dedupe: bool | str = "auto",
         in_order: bool = False,
+        max_errors: int | float | None = None,
         journal: Journal | None = None,
         model_identity: str = "",
     ) -> None:
@@ -107,12 +112,16 @@ class RowJob:
         self.num_missing = len(wanted) - len(self.rows)
         self.results: list[RowResult | None] = [None] * len(prompts)
         self.errors: dict[int, BaseException] = {}
+        self.is_interrupted = False
         self.num_known = self.num_twins = 0
         self.settled: list[int] = []
         self.totals: dict[str, int] = {}
         self.first_token_s = array("d")
         self._dedupe = dedupe
         self._in_order = in_order
+        self._max_errors: int | float = len(self.rows) if max_errors is None else max_errors
+        if isinstance(max_errors, float):
+            self._max_errors = max_errors * len(self.rows)
         self._journal = journal
         self._model_identity = model_identity
         self._submitted: list[tuple[int, int]] = []  # row and part, in the engine's order
@@ -127,15 +136,16 @@ class RowJob:
 
         Raises:
             JournalError: results can't be kept any more.
+            RequestFailedError: more than `max_errors` rows have failed.
         """
         self._bar = bar
-        with self._open() as call:
+        with self._open() as call, self._kept(call):
             call.run(self._keep, _TokenBar(bar, self.totals))
 
     async def arun(self, bar: ProgressBar) -> None:
         """`run` for any event loop; cancelling the task leaves what had ended."""
         self._bar, tokens = bar, _TokenBar(bar, self.totals)
-        with self._open() as call:
+        with self._open() as call, self._kept(call):
             async for number, output in call.aresults():
                 self._keep(number, output)
                 tokens.update(1, **call.token_counts(output))
@@ -148,6 +158,7 @@ class RowJob:
 
     def mark_unfinished(self) -> None:
         """What an interrupt leaves behind."""
+        self.is_interrupted = True
         for row in self.rows:
             if self.results[row] is None and row not in self.errors:
                 self.errors[row] = Interrupted()
@@ -157,12 +168,30 @@ class RowJob:
         with requests_from("dataframe"):
             return self._verb.open(self._engine_rows())
 
+    def _kept(self, call: Any) -> AbstractContextManager[None]:
+        """While it is open, the journal keeps what rows in flight have so far."""
+        if self._journal is None:
+            return nullcontext()
+        return self._journal.following(lambda: self._begun(call))
+
+    def _begun(self, call: Any) -> dict[bytes, list[array[int]]]:
+        """Token ids of each text of the rows in flight, by key; from any thread."""
+        begun = {}
+        for number, texts in call.begun().items():
+            row, _ = self._submitted[number]
+            key = self._keys.get(row)
+            if key is not None and len(self._outputs.get(row, ())) == 1 and any(texts):
+                begun[key] = texts
+        return begun
+
     def _engine_rows(self) -> Iterator[tuple[Any, Any, int]]:
         """What the engine has to compute; the other rows are settled on the way."""
         for row, prompt in self.encoded():
             if prompt.error is not None:
-                self._settle(row, prompt.error)
+                self._settle([row], prompt.error)
             elif self._needs_engine(row, prompt):
+                if self._journal is not None:
+                    prompt = replace(prompt, begun=self._journal.begun(self._keys[row]))
                 parts = self._verb.parts(row, prompt)
                 self._outputs[row] = [None] * len(parts)
                 for number, (part, params) in enumerate(parts):
@@ -172,7 +201,7 @@ class RowJob:
     def stream(self, bar: ProgressBar) -> Generator[None, None, None]:
         """`run`, in steps: gives way whenever rows have ended. Closing it stops the others."""
         self._bar, tokens = bar, _TokenBar(bar, self.totals)
-        with self._open() as call:
+        with self._open() as call, self._kept(call):
             for number, output in call.results():
                 self._keep(number, output)
                 tokens.update(1, **call.token_counts(output))
@@ -218,7 +247,7 @@ class RowJob:
             known = self._journal.get(key)
             if known is not None:
                 self.num_known += 1
-                self._settle(row, known)
+                self._settle([row], known)
                 return False
             self._keys[row] = key
         if self._dedupe is False or (is_chance and self._dedupe == "auto"):
@@ -230,9 +259,9 @@ class RowJob:
         self._keys.pop(row, None)
         result = self.results[first]
         if result is not None:
-            self._settle(row, result)
+            self._settle([row], result)
         elif first in self.errors:
-            self._settle(row, self.errors[first])
+            self._settle([row], self.errors[first])
         else:
             self._twins.setdefault(first, []).append(row)
         return False
@@ -256,17 +285,25 @@ class RowJob:
         key = self._keys.pop(row, None)
         if isinstance(end, RowResult) and key is not None and self._journal is not None:
             self._journal.append(key, end)
-        for settled in (row, *self._twins.pop(row, ())):
-            self._settle(settled, end)
+        self._settle([row, *self._twins.pop(row, ())], end)
 
-    def _settle(self, row: int, end: RowResult | BaseException) -> None:
-        if isinstance(end, RowResult):
-            self.results[row] = end
-        else:
-            self.errors[row] = end
-        self.settled.append(row)
-        if self._bar is not None:
-            self._bar.update(1, failed=int(not isinstance(end, RowResult)))
+    def _settle(self, rows: Sequence[int], end: RowResult | BaseException) -> None:
+        """Some rows have come to the same end."""
+        for row in rows:
+            if isinstance(end, RowResult):
+                self.results[row] = end
+            else:
+                self.errors[row] = end
+            self.settled.append(row)
+            if self._bar is not None:
+                self._bar.update(1, failed=int(not isinstance(end, RowResult)))
+        if len(self.errors) > self._max_errors:
+            first = next(iter(self.errors.values()))
+            raise RequestFailedError(
+                f"{len(self.errors)} of {len(self.rows)} rows failed, more than max_errors allows; "
+                f"the first: {first}",
+                parameter="max_errors",
+            ) from first
 
 
 class _TokenBar:
@@ -281,6 +318,9 @@ class _TokenBar:
         for name, value in stats.items():
             self._totals[name] = self._totals.get(name, 0) + value
         self._bar.update(0, **stats)
+
+    def expect(self, count: int) -> None:
+        self._bar.expect(count)
 
     def close(self) -> None:
         self._bar.close()

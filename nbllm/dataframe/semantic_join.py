@@ -15,23 +15,27 @@ from typing import Any
 import pandas as pd
 
 from nbllm.checks import check_float, check_int
-from nbllm.dataframe.classify import ClassifyVerbs
-from nbllm.dataframe.frame_verbs import FrameVerbs
+from nbllm.dataframe.call_options import CallOptions, check_choice
+from nbllm.dataframe.frame_call import FrameCall
+from nbllm.dataframe.frame_verbs import FrameVerbs, read_options
+from nbllm.dataframe.jobs import JobDescription
+from nbllm.dataframe.label_call import score_call
 from nbllm.dataframe.pairs import Suffixes, all_pairs, merged, similar_pairs
-from nbllm.dataframe.row_call import check_choice
-from nbllm.dataframe.similarity import VectorCall, vectors_of
+from nbllm.dataframe.passes import Steps
+from nbllm.dataframe.sources import FrameSource
+from nbllm.dataframe.vector_call import VectorCall, VectorOptions
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
+from nbllm.pooling_params import PoolingParams
 
 _MAX_PAIRS = 1_000_000
-_FOR_ALL_VERBS = ("na", "dedupe", "order", "journal", "use_tqdm", "errors")
 
 
 class JoinVerbs(FrameVerbs):
     """`df.llm.join`."""
 
-    def join(self, other: pd.DataFrame, template: Any, **options: Any) -> pd.DataFrame:
+    def join(self, other: pd.DataFrame, template: Any, *, job: bool = False, **options: Any) -> Any:
         """Join the rows of two frames for which the answer to a question is yes.
 
         Args:
@@ -51,6 +55,7 @@ class JoinVerbs(FrameVerbs):
             out: name of the column with p(yes), default "score".
             errors: what becomes of a pair whose question fails, and which is not joined: "warn"
                 (the default) or "raise".
+            job: True returns at once with the `FrameJob` that `submit` returns.
             instruction, calibrate, chat, system, template_format, llm, na, dedupe, order, journal,
                 use_tqdm: as in `score`.
 
@@ -62,11 +67,12 @@ class JoinVerbs(FrameVerbs):
             Interrupted: Ctrl-C; `.partial` has the pairs, with p(yes) where it is known.
             JournalError: the journal can't be used.
         """
-        return self._join(other, template, **options).run()
+        return self._join(other, template, **options).answer(job)
 
     async def ajoin(self, other: pd.DataFrame, template: Any, **options: Any) -> pd.DataFrame:
         """`join` for any event loop; cancelling the task stops it."""
-        return await self._join(other, template, **options).arun()
+        joined: pd.DataFrame = await self._join(other, template, **options).submit()
+        return joined
 
     def _join(
         self,
@@ -94,6 +100,9 @@ class JoinVerbs(FrameVerbs):
         check_choice("on_interrupt", options.get("on_interrupt", "raise"), ("raise",))
         least = check_float("threshold", threshold, minimum=0.0, maximum=1.0)
         frame, llm = self._frame, llm or default_llm()
+        of_rows = {name: v for name, v in options.items() if name in CallOptions.__slots__}
+        checked = read_options(of_rows, label="Joining")
+        description = JobDescription("join", None, frame, len(frame), llm)
         per_row = len(other)
         nearest: VectorCall | None = None
         if candidates is not None:
@@ -105,13 +114,15 @@ class JoinVerbs(FrameVerbs):
                     parameter="left_on",
                 )
             right_on = left_on if right_on is None else right_on
-            embed = {name: options[name] for name in _FOR_ALL_VERBS if name in options}
+            read = VectorOptions({"params": PoolingParams(pooling=pooling)}, "f-string", checked)
             sides = [
-                vectors_of(side, source, llm, embed | {"pooling": pooling})
+                read.vectors(side, source, llm, description)
                 for side, source in ((frame, left_on), (other, right_on))
             ]
             device = llm.config.device
-            nearest = VectorCall(sides, lambda vectors: similar_pairs(vectors, device, k, -1.0))
+            nearest = VectorCall(
+                checked, sides, lambda vectors: similar_pairs(vectors, device, k, -1.0)
+            )
         num_pairs = len(frame) * per_row
         if num_pairs > max_pairs:
             raise InvalidRequestError(
@@ -120,22 +131,27 @@ class JoinVerbs(FrameVerbs):
                 parameter="max_pairs",
             )
         score = dict(options, out=out, llm=llm)
-        return JoinCall(frame, other, template, least, nearest, how, suffixes, score)
+        return JoinCall(
+            checked, frame, other, template, least, nearest, how, suffixes, score, description
+        )
 
 
 @dataclass(slots=True)
-class JoinCall:
+class JoinCall(FrameCall):
     """One call of `join`.
 
     Attributes:
+        options: of the call.
         left, right: frames.
         template: a question.
         threshold: p(yes) above it joins a pair.
         candidates: makes the pairs; None is all.
         how, suffixes: as in `merged`.
         score: arguments of the verb `score`.
+        description: what is written beside a journal.
     """
 
+    options: CallOptions
     left: pd.DataFrame
     right: pd.DataFrame
     template: Any
@@ -144,26 +160,24 @@ class JoinCall:
     how: str
     suffixes: Suffixes
     score: dict[str, Any]
+    description: JobDescription
 
-    def run(self) -> pd.DataFrame:
-        """Find the pairs, ask, and join."""
-        pairs = self._all() if self.candidates is None else self.candidates.run()
-        return self._joined(pairs, self._asked(pairs).score(self.template, **self.score))
+    def steps(self) -> Steps:
+        """See `FrameCall.steps`: find the pairs, ask, and join."""
+        if self.candidates is None:
+            pairs = all_pairs(len(self.left), len(self.right))
+        else:
+            pairs = yield from self.candidates.steps()
+        scores = score_call(FrameSource(self._asked(pairs), self.template), None, **self.score)
+        scores.rows.description = self.description
+        return self._joined(pairs, (yield from scores.steps()))
 
-    async def arun(self) -> pd.DataFrame:
-        """`run` for any event loop."""
-        pairs = self._all() if self.candidates is None else await self.candidates.arun()
-        return self._joined(pairs, await self._asked(pairs).ascore(self.template, **self.score))
-
-    def _all(self) -> pd.DataFrame:
-        return all_pairs(len(self.left), len(self.right))
-
-    def _asked(self, pairs: pd.DataFrame) -> ClassifyVerbs:
+    def _asked(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The pairs' columns, for the question."""
         name = self.score["out"]
         unknown = pairs.assign(similarity=0.0)
         frame = merged(self.left, self.right, unknown, name, suffixes=self.suffixes)
-        return ClassifyVerbs(frame.drop(columns=[name]))
+        return frame.drop(columns=[name])
 
     def _joined(self, pairs: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
         name = self.score["out"]

@@ -10,8 +10,7 @@ hold the vectors already (that of `embed`, say): then no model is asked.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,19 @@ import numpy as np
 import pandas as pd
 
 from nbllm.checks import check_float, check_int
-from nbllm.dataframe.classify import ClassifyVerbs
-from nbllm.dataframe.embed import Embed, pop_pooling, series_embedding, vector_column
-from nbllm.dataframe.frame_verbs import FrameVerbs, read_options
+from nbllm.dataframe.call_options import CallOptions, check_choice
+from nbllm.dataframe.embed import series_embedding
+from nbllm.dataframe.frame_call import FrameCall
+from nbllm.dataframe.frame_verbs import FrameVerbs
+from nbllm.dataframe.generate_verb import arguments_as_json
+from nbllm.dataframe.jobs import JobDescription
+from nbllm.dataframe.label_call import score_call
 from nbllm.dataframe.nearest import nearest, similar_groups, unit_rows
 from nbllm.dataframe.pairs import Suffixes, merged, similar_pairs
-from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing
-from nbllm.dataframe.row_call import RowCall, check_choice
+from nbllm.dataframe.passes import Steps
+from nbllm.dataframe.row_call import RowCall
+from nbllm.dataframe.sources import FrameSource
+from nbllm.dataframe.vector_call import VectorCall, VectorOptions, is_vector
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
@@ -34,33 +39,38 @@ _ROUNDING = 1e-6
 
 
 @dataclass(slots=True)
-class VectorCall:
-    """Columns of vectors, and what is made of them.
+class LikeliestCall(FrameCall):
+    """The rows with the largest scores.
 
     Attributes:
-        columns: a call that makes a Series of vectors, or vectors, each.
-        finish: vectors of each column -> what is returned.
+        options: of the call.
+        scores: the call that adds them.
+        out: their column.
+        k: how many rows.
     """
 
-    columns: list[RowCall | list[Any]]
-    finish: Callable[[list[list[Any]]], pd.DataFrame]
+    options: CallOptions
+    scores: FrameCall
+    out: Hashable
+    k: int
 
-    def run(self) -> pd.DataFrame:
-        """Embed, and finish."""
-        return self.finish([c if isinstance(c, list) else c.run().tolist() for c in self.columns])
-
-    async def arun(self) -> pd.DataFrame:
-        """`run` for any event loop."""
-        vectors = [c if isinstance(c, list) else (await c.submit()).tolist() for c in self.columns]
-        return await asyncio.to_thread(self.finish, vectors)
+    def steps(self) -> Steps:
+        """See `FrameCall.steps`."""
+        return _likeliest((yield from self.scores.steps()), self.out, self.k)
 
 
 class SimilarityVerbs(FrameVerbs):
     """`df.llm.sim_join`, `topk` and `dedup`."""
 
     def sim_join(
-        self, other: pd.DataFrame, left_on: Any, right_on: Any = None, **options: Any
-    ) -> pd.DataFrame:
+        self,
+        other: pd.DataFrame,
+        left_on: Any,
+        right_on: Any = None,
+        *,
+        job: bool = False,
+        **options: Any,
+    ) -> Any:
         """Join each row with the `k` most similar rows of another frame, by cosine similarity.
 
         Args:
@@ -76,6 +86,7 @@ class SimilarityVerbs(FrameVerbs):
             out: name of the column with the similarities (-1 to 1), default "similarity".
             errors: what becomes of a text that can't be embedded, and so has no partner: "warn"
                 (the default) or "raise".
+            job: True returns at once with the `FrameJob` that `submit` returns.
             pooling, dimensions, truncate_prompt_tokens, template_format, llm, na, dedupe, order,
                 journal, use_tqdm: as in `embed`.
 
@@ -87,15 +98,18 @@ class SimilarityVerbs(FrameVerbs):
             InvalidRequestError, JournalError: as `embed`.
             Interrupted: Ctrl-C; `.partial` has the vectors so far of the side that was embedded.
         """
-        return self._sim_join(other, left_on, right_on, **options).run()
+        return self._sim_join(other, left_on, right_on, **options).answer(job)
 
     async def asim_join(
         self, other: pd.DataFrame, left_on: Any, right_on: Any = None, **options: Any
     ) -> pd.DataFrame:
         """`sim_join` for any event loop; cancelling the task stops it."""
-        return await self._sim_join(other, left_on, right_on, **options).arun()
+        joined: pd.DataFrame = await self._sim_join(other, left_on, right_on, **options).submit()
+        return joined
 
-    def topk(self, column_or_template: Any = None, k: int = 10, **options: Any) -> pd.DataFrame:
+    def topk(
+        self, column_or_template: Any = None, k: int = 10, *, job: bool = False, **options: Any
+    ) -> Any:
         """The `k` rows most similar to a query, or likeliest by a question, best first.
 
         Args:
@@ -111,25 +125,23 @@ class SimilarityVerbs(FrameVerbs):
         The other arguments and errors are those of `sim_join`, or of `score`. The rows keep their
         index.
         """
-        if options.get("question") is None:
-            return self._topk(column_or_template, k, **options).run()
-        scores = ClassifyVerbs(self._frame)
-        question = _question(column_or_template, k, options)
-        return _likeliest(scores.score(question, **options), options["out"], k)
+        return self._topk(column_or_template, k, **options).answer(job)
 
     async def atopk(
         self, column_or_template: Any = None, k: int = 10, **options: Any
     ) -> pd.DataFrame:
         """`topk` for any event loop; cancelling the task stops it."""
-        if options.get("question") is None:
-            return await self._topk(column_or_template, k, **options).arun()
-        scores = ClassifyVerbs(self._frame)
-        question = _question(column_or_template, k, options)
-        return _likeliest(await scores.ascore(question, **options), options["out"], k)
+        found: pd.DataFrame = await self._topk(column_or_template, k, **options).submit()
+        return found
 
     def dedup(
-        self, column_or_template: Any, min_similarity: float = 0.95, **options: Any
-    ) -> pd.DataFrame:
+        self,
+        column_or_template: Any,
+        min_similarity: float = 0.95,
+        *,
+        job: bool = False,
+        **options: Any,
+    ) -> Any:
         """The first row of each group of near-duplicates, with its index, in the frame's order.
 
         Args:
@@ -140,13 +152,16 @@ class SimilarityVerbs(FrameVerbs):
         Rows without a vector are kept. The keyword arguments and errors are those of `sim_join`,
         as far as they concern the vectors.
         """
-        return self._dedup(column_or_template, min_similarity, **options).run()
+        return self._dedup(column_or_template, min_similarity, **options).answer(job)
 
     async def adedup(
         self, column_or_template: Any, min_similarity: float = 0.95, **options: Any
     ) -> pd.DataFrame:
         """`dedup` for any event loop; cancelling the task stops it."""
-        return await self._dedup(column_or_template, min_similarity, **options).arun()
+        kept: pd.DataFrame = await self._dedup(
+            column_or_template, min_similarity, **options
+        ).submit()
+        return kept
 
     def _sim_join(
         self,
@@ -171,8 +186,10 @@ class SimilarityVerbs(FrameVerbs):
         check_choice("how", how, ("inner", "left"))
         least = _check_similarity(-1.0 if min_similarity is None else min_similarity)
         right_on = left_on if right_on is None else right_on
+        read = VectorOptions.read(options)
+        description = JobDescription("sim_join", None, frame, len(frame), llm)
         sides = [
-            vectors_of(side, source, llm, options)
+            read.vectors(side, source, llm, description)
             for side, source in ((frame, left_on), (other, right_on))
         ]
         device = llm.config.device
@@ -181,29 +198,44 @@ class SimilarityVerbs(FrameVerbs):
             pairs = similar_pairs(vectors, device, k, least)
             return merged(frame, other, pairs, out, how=how, suffixes=suffixes)
 
-        return VectorCall(sides, finish)
+        return VectorCall(read.checked, sides, finish)
 
-    def _topk(
+    def _topk(self, column_or_template: Any, k: int, **options: Any) -> FrameCall:
+        check_int("k", k, minimum=0)
+        question = options.pop("question", None)
+        if question is None:
+            return self._most_similar(column_or_template, k, **options)
+        if column_or_template is not None or options.pop("query", None) is not None:
+            raise InvalidRequestError(
+                "a question has the columns in itself: leave column_or_template and query out",
+                parameter="question",
+            )
+        out = options.setdefault("out", "score")
+        check_choice("errors", options.setdefault("errors", "warn"), ("warn", "raise"))
+        scores = score_call(FrameSource(self._frame, question), None, **options)
+        return LikeliestCall(scores.options, scores, out, k)
+
+    def _most_similar(
         self,
         column_or_template: Any,
         k: int,
         *,
         query: Any = None,
-        question: None = None,
         out: Hashable = "similarity",
         llm: LLM | None = None,
         **options: Any,
     ) -> VectorCall:
         frame, llm = self._frame, llm or default_llm()
-        check_int("k", k, minimum=0)
         self._answers(out, [out])
-        rows = vectors_of(frame, column_or_template, llm, options)
+        read = VectorOptions.read(options)
+        described = dict(options, column_or_template=column_or_template, k=k, query=query, out=out)
+        description = JobDescription("topk", arguments_as_json(described), frame, len(frame), llm)
+        rows = read.vectors(frame, column_or_template, llm, description)
         asked: RowCall | list[Any] = [query]
         if isinstance(query, str):
             own = {name: v for name, v in options.items() if name != "template_format"}
-            asked = series_embedding(
-                pd.Series([query]), llm=llm, **(own | {"errors": "raise", "use_tqdm": False})
-            )
+            asked = series_embedding(pd.Series([query]), llm=llm, **(own | {"errors": "raise"}))
+            asked.description, asked.is_counted = description, False
         elif not is_vector(query):
             raise InvalidRequestError("query must be a text or a vector", parameter="query")
         device = llm.config.device
@@ -216,7 +248,7 @@ class SimilarityVerbs(FrameVerbs):
             found[out] = similarity[0]
             return found
 
-        return VectorCall([rows, asked], finish)
+        return VectorCall(read.checked, [rows, asked], finish)
 
     def _dedup(
         self,
@@ -228,7 +260,12 @@ class SimilarityVerbs(FrameVerbs):
     ) -> VectorCall:
         frame, llm = self._frame, llm or default_llm()
         least = _check_similarity(min_similarity)
-        rows = vectors_of(frame, column_or_template, llm, options)
+        read = VectorOptions.read(options)
+        described = dict(
+            options, column_or_template=column_or_template, min_similarity=min_similarity
+        )
+        description = JobDescription("dedup", arguments_as_json(described), frame, len(frame), llm)
+        rows = read.vectors(frame, column_or_template, llm, description)
         device = llm.config.device
 
         def finish(vectors: list[list[Any]]) -> pd.DataFrame:
@@ -237,64 +274,7 @@ class SimilarityVerbs(FrameVerbs):
             is_kept[positions] = similar_groups(texts, least) == np.arange(len(positions))
             return frame[is_kept].copy()
 
-        return VectorCall([rows], finish)
-
-
-def vectors_of(
-    frame: pd.DataFrame, source: Any, llm: LLM, options: dict[str, Any]
-) -> RowCall | list[Any]:
-    """The vectors of a frame's rows, or the call that makes a Series of them.
-
-    Args:
-        frame: not changed.
-        source: a column or template; or a column that holds vectors.
-        llm: embeds.
-        options: arguments of `embed`.
-
-    Raises:
-        InvalidRequestError: one of them is wrong.
-    """
-    options = dict(options)
-    pooled = pop_pooling(options)
-    template_format = options.pop("template_format", "f-string")
-    check_choice("template_format", template_format, FORMATS)
-    checked = read_options(options, errors="warn", label="Embedding")
-    if checked.errors == "column" or checked.on_interrupt == "return":
-        parameter = "errors" if checked.errors == "column" else "on_interrupt"
-        raise InvalidRequestError(
-            f"{parameter}={getattr(checked, parameter)!r} has no meaning here: the rows of the "
-            "result are not those of the frame",
-            parameter=parameter,
-        )
-    prompts = frame_prompts(frame, source, template_format=template_format, na=checked.na)
-    if isinstance(source, Hashable) and source in frame.columns:
-        cells = frame[source].tolist()
-        filled = [cell for cell in cells if not is_missing(cell)]
-        if filled and all(map(is_vector, filled)):
-            return cells
-    verb = Embed(llm, **pooled)
-    return RowCall(verb, prompts, checked, lambda rows: vector_column(rows.results, frame.index))
-
-
-def is_vector(cell: Any) -> bool:
-    """True for an array, or a list, of floats; token ids are none."""
-    if isinstance(cell, np.ndarray):
-        return cell.ndim == 1 and bool(np.issubdtype(cell.dtype, np.floating))
-    return isinstance(cell, list) and bool(cell) and all(type(item) is float for item in cell)
-
-
-def _question(column_or_template: Any, k: int, options: dict[str, Any]) -> Any:
-    """The question of `topk`; `options` become those of `score`."""
-    check_int("k", k, minimum=0)
-    if column_or_template is not None or options.pop("query", None) is not None:
-        raise InvalidRequestError(
-            "a question has the columns in itself: leave column_or_template and query out",
-            parameter="question",
-        )
-    options.setdefault("out", "score")
-    options.setdefault("errors", "warn")
-    check_choice("errors", options["errors"], ("warn", "raise"))
-    return options.pop("question")
+        return VectorCall(read.checked, [rows], finish)
 
 
 def _likeliest(scored: pd.DataFrame, out: Hashable, k: int) -> pd.DataFrame:

@@ -103,7 +103,19 @@ class SeriesSource:
         return []
 
     def description(self, verb: str, arguments: Mapping[str, Any], llm: LLM) -> Any:
-        return None
+        known = {"template": self._template, **arguments}
+        return series_description(self._series, verb, known, llm)
+
+
+def series_description(
+    series: pd.Series[Any], verb: str, arguments: Mapping[str, Any], llm: LLM
+) -> JobDescription:
+    """What is written beside the journal of a call of a series' accessor."""
+    has_plain_name = series.name is None or isinstance(series.name, (str, int))
+    known = arguments_as_json(arguments) if has_plain_name else None
+    owner = {"series": series.name if has_plain_name else str(series.name)}
+    frame = series.to_frame(name="value")
+    return JobDescription(verb, known, frame, len(frame), llm, owner)
 
 
 def unanswered(

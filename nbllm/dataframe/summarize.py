@@ -10,6 +10,7 @@ round.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 
 from nbllm.checks import check_int
+from nbllm.dataframe.call_options import CallOptions, check_choice
 from nbllm.dataframe.columns import text_array
+from nbllm.dataframe.frame_call import FrameCall
 from nbllm.dataframe.frame_verbs import read_options
 from nbllm.dataframe.generate_verb import Generate, Params, row_params
 from nbllm.dataframe.group_rows import group_rows
+from nbllm.dataframe.passes import Steps
 from nbllm.dataframe.prompts import FORMATS, Prompts, frame_prompts
-from nbllm.dataframe.row_call import CallOptions, RowCall, check_choice
+from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.default_llm import default_llm
 from nbllm.errors import Interrupted, InvalidRequestError
@@ -50,7 +54,7 @@ class GroupByAccessor:
     def __init__(self, groups: Any) -> None:
         self._groups = groups
 
-    def summarize(self, column_or_template: Any, **options: Any) -> pd.DataFrame:
+    def summarize(self, column_or_template: Any, *, job: bool = False, **options: Any) -> Any:
         """A summary of each group's texts.
 
         Args:
@@ -66,6 +70,7 @@ class GroupByAccessor:
                 "raise" refuses them.
             errors: "column" puts why a group has no summary into `<out>_error`; "warn" only warns;
                 "raise" raises the first error.
+            job: True returns at once with the `FrameJob` that `submit` returns.
             system, chat, template_format, llm, dedupe, order, journal, use_tqdm, on_interrupt: as
                 in `generate`.
 
@@ -78,11 +83,12 @@ class GroupByAccessor:
             Interrupted: Ctrl-C; `.partial` has the summaries so far.
             JournalError: the journal can't be used.
         """
-        return self._rounds(column_or_template, **options).run()
+        return self._rounds(column_or_template, **options).answer(job)
 
     async def asummarize(self, column_or_template: Any, **options: Any) -> pd.DataFrame:
         """`summarize` for any event loop; cancelling the task stops it."""
-        return await self._rounds(column_or_template, **options).arun()
+        summaries: pd.DataFrame = await self._rounds(column_or_template, **options).submit()
+        return summaries
 
     def _rounds(
         self,
@@ -214,7 +220,11 @@ def halves(text: str) -> list[str]:
     return [text[:cut], text[cut:]]
 
 
-class SummaryRounds:
+Ends = tuple[dict[int, list[str]], dict[int, str], dict[int, BaseException]]
+"""By group: the texts of those that are not done, the summaries, and why there is none."""
+
+
+class SummaryRounds(FrameCall):
     """The texts of each group, and how far they have come.
 
     Args:
@@ -234,13 +244,12 @@ class SummaryRounds:
         out: Hashable,
     ) -> None:
         self._packing = packing
-        self._options = options
+        self.options = options
         self._frame = frame
         self._out = out
         self._texts: dict[int, list[str]] = {}  # of groups that are not done
         self._summaries: dict[int, str] = {}
         self._errors: dict[int, BaseException] = {}
-        self._places: list[int] = []  # the group of each prompt of a round
         self._num_rounds = 0
         for place, cells in enumerate(groups):
             texts = [cell for cell in cells if cell is not None]
@@ -253,32 +262,24 @@ class SummaryRounds:
             elif texts:
                 self._texts[place] = texts
 
-    def run(self) -> pd.DataFrame:
-        """All rounds."""
+    def steps(self) -> Steps:
+        """See `FrameCall.steps`: a pass is a round."""
         while self._texts:
-            self._next_round().run()
-        return self.frame()
+            places, prompts = self._next_round()
+            rows = Prompts({"": prompts}, len(prompts), lambda values: values[""])
 
-    async def arun(self) -> pd.DataFrame:
-        """`run` for any event loop."""
-        while self._texts:
-            await self._next_round().submit()
-        return self.frame()
+            def make_frame(job: RowJob, places: list[int] = places) -> pd.DataFrame:
+                return self._frame_of(*self._ends(places, job))
 
-    def frame(self) -> pd.DataFrame:
-        """The summaries so far."""
-        places = range(len(self._frame))
-        result = self._frame.copy()
-        result[self._out] = text_array([self._summaries.get(p) for p in places], result.index)
-        if self._options.errors == "column":
-            errors = [str(self._errors[p]) if p in self._errors else None for p in places]
-            result[f"{self._out}_error"] = text_array(errors, result.index)
-        return result
+            job = yield RowCall(self._packing.verb, rows, self.options, make_frame)
+            self._texts, self._summaries, self._errors = self._ends(places, job)
+        return self._frame_of(self._texts, self._summaries, self._errors)
 
-    def _next_round(self) -> RowCall:
+    def _next_round(self) -> tuple[list[int], list[str]]:
+        """The group of each prompt of a round, and the prompts."""
         self._num_rounds += 1
         prompts: list[str] = []
-        self._places = []
+        all_places: list[int] = []
         for place, texts in list(self._texts.items()):
             try:
                 packed = self._packing.prompts(texts)
@@ -288,36 +289,47 @@ class SummaryRounds:
                 self._fail(place, error)
                 continue
             prompts += packed
-            self._places += [place] * len(packed)
-        rows = Prompts({"": prompts}, len(prompts), lambda values: values[""])
-        return RowCall(self._packing.verb, rows, self._options, self._end_round)
+            all_places += [place] * len(packed)
+        return all_places, prompts
 
-    def _end_round(self, rows: RowJob) -> pd.DataFrame:
-        """Keep what the round came to, once; its frame."""
-        places, self._places = self._places, []
+    def _ends(self, places: list[int], rows: RowJob) -> Ends:
+        """How far the groups are when the rows of a round have come so far."""
+        texts, summaries, errors = dict(self._texts), dict(self._summaries), dict(self._errors)
         answers: dict[int, list[str]] = {}
-        for place, result in zip(places, rows.results, strict=bool(places)):
+        for place, result in zip(places, rows.results, strict=True):
             answers.setdefault(place, []).extend(result.texts if result is not None else ())
         for row, error in rows.errors.items():
-            if places:
-                self._errors.setdefault(places[row], error)
-        is_interrupted = any(isinstance(error, Interrupted) for error in rows.errors.values())
-        for place, texts in answers.items():
-            self._texts.pop(place)
-            if place in self._errors:
-                continue
-            if len(texts) == 1:
-                self._summaries[place] = texts[0]
-            elif is_interrupted:
-                self._errors[place] = Interrupted()
-            else:
-                self._texts[place] = texts
-        return self.frame()
+            errors.setdefault(places[row], error)
+        num_prompts = Counter(places)
+        for place, said in answers.items():
+            if place in errors:
+                del texts[place]
+            elif len(said) == num_prompts[place]:
+                texts[place] = said
+                if len(said) == 1:
+                    summaries[place] = texts.pop(place)[0]
+        if rows.is_interrupted:
+            errors |= {place: Interrupted() for place in texts}
+        return texts, summaries, errors
+
+    def _frame_of(
+        self,
+        texts: dict[int, list[str]],
+        summaries: dict[int, str],
+        errors: dict[int, BaseException],
+    ) -> pd.DataFrame:
+        places = range(len(self._frame))
+        result = self._frame.copy()
+        result[self._out] = text_array([summaries.get(p) for p in places], result.index)
+        if self.options.errors == "column":
+            shown = [str(errors[p]) if p in errors else None for p in places]
+            result[f"{self._out}_error"] = text_array(shown, result.index)
+        return result
 
     def _fail(self, place: int, error: Exception) -> None:
         self._texts.pop(place, None)
         self._errors[place] = error
-        if self._options.errors == "raise":
+        if self.options.errors == "raise":
             raise error
-        if self._options.errors == "warn":
+        if self.options.errors == "warn":
             warnings.warn(f"a group could not be summarized: {error}", stacklevel=2)

@@ -317,10 +317,11 @@ def test_it_is_greedy_unless_the_parameters_say_otherwise(llm: LLM, frame: pd.Da
 
 def test_names_may_have_a_prefix_and_more_columns_come_along(frame: pd.DataFrame) -> None:
     result = frame.llm.extract(
-        "text", Person, prefix="who.", out="found", include=("json", "usage", "conf")
+        "text", Person, prefix="who.", out="found", include=("json", "usage", "conf", "logprobs")
     )
     added = ["who.name", "who.city", "found_json", "found_error"]
-    added += ["found_prompt_tokens", "found_completion_tokens", "found_conf"]
+    added += [f"found_{kind}_tokens" for kind in ("prompt", "cached", "completion")]
+    added += ["found_conf", "found_logprobs"]
     assert list(result.columns) == ["text", *added]
     document = json.loads(result["found_json"].iloc[0])
     assert document == {"name": "Anna Keller", "city": "Oslo"}

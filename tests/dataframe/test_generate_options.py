@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from nbllm import LLM, InvalidRequestError, SamplingParams
+from nbllm.outputs import CompletionOutput, Logprob
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -146,6 +149,108 @@ def test_an_unknown_column_to_include_is_named(frame: pd.DataFrame) -> None:
     with pytest.raises(InvalidRequestError, match="finish, usage") as caught:
         frame.llm.generate("{a}", include=["cost"])
     assert caught.value.parameter == "include"
+
+
+def logprobs_of(completion: CompletionOutput, num_top: int) -> list[dict[str, Any]]:
+    """What the column has, from what `LLM.generate` has."""
+
+    def item(token_id: int, entry: Logprob) -> dict[str, Any]:
+        return {"token": entry.decoded_token, "token_id": token_id, "logprob": entry.logprob}
+
+    assert completion.logprobs is not None
+    tokens = []
+    for entries, token_id in zip(completion.logprobs, completion.token_ids, strict=True):
+        top = sorted(entries, key=lambda token: entries[token].rank or 0)[:num_top]
+        chosen = item(token_id, entries[token_id])
+        tokens.append({**chosen, "top": [item(token, entries[token]) for token in top]})
+    return tokens
+
+
+@pytest.mark.parametrize(("asked", "num_top"), [(None, 0), (0, 0), (2, 2)])
+def test_log_probabilities_are_those_of_the_tokens(
+    llm: LLM, frame: pd.DataFrame, asked: int | None, num_top: int
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=2, max_tokens=6, n=2, logprobs=asked)
+    options: dict[str, Any] = {"chat": False, "include": ["logprobs"]}
+    frame.loc[3] = [None, 40]
+    answered = frame.llm.generate("Add {a}, {b}.", params, **options)
+    column = answered["llm_logprobs"]
+    prompts = [f"Add {float(a)}, {b}." for a, b in zip(frame["a"][:3], frame["b"], strict=False)]
+    outputs = llm.generate(prompts, params.clone(logprobs=num_top), use_tqdm=False)
+    for cell, texts, output in zip(column, answered["llm"], outputs, strict=False):
+        expected = [logprobs_of(completion, num_top) for completion in output.outputs]
+        assert [completion.text for completion in output.outputs] == texts
+        for tokens, same in zip(cell, expected, strict=True):
+            assert [token["token_id"] for token in tokens] == [token["token_id"] for token in same]
+            for token, other in zip(tokens, same, strict=True):
+                assert token["token"] == other["token"]
+                assert token["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+                assert [t["token_id"] for t in token["top"]] == [
+                    t["token_id"] for t in other["top"]
+                ]
+    assert column[3] is None
+    rows = frame.llm.generate("Add {a}, {b}.", params, explode=True, **options)
+    assert rows["llm_logprobs"][:-1].tolist() == [tokens for cell in column[:-1] for tokens in cell]
+
+
+def test_explode_leaves_the_tokens_of_a_single_text_together(llm: LLM, frame: pd.DataFrame) -> None:
+    params = {"temperature": 1.0, "seed": 2, "max_tokens": 4, "n": pd.Series([1, 2, 1])}
+    options: dict[str, Any] = {"include": ["logprobs", "usage"], "explode": True}
+    mixed = frame.llm.generate("Say {a}.", params, **options)
+    assert mixed.index.tolist() == [0, 1, 1, 2]
+    single = frame.llm.generate("Say {a}.", {**params, "n": 1}, **options)
+    for answered in (mixed, single):
+        for text, tokens in zip(answered["llm"], answered["llm_logprobs"], strict=True):
+            assert "".join(token["token"] for token in tokens).startswith(text)
+
+
+def test_log_probabilities_survive_parquet_and_a_journal(
+    llm: LLM, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"journal": tmp_path / "journal", "include": ["logprobs"]}
+    bare = frame.llm.generate("Add {a}, {b}.", GREEDY, journal=options["journal"])
+    answered = frame.llm.generate("Add {a}, {b}.", GREEDY, **options)
+    assert answered["llm"].equals(bare["llm"]) and answered["llm_logprobs"].notna().all()
+    before = llm.get_metrics()["generation_tokens"]
+    again = frame.llm.generate("Add {a}, {b}.", GREEDY, **options)
+    assert llm.get_metrics()["generation_tokens"] == before
+    assert again["llm_logprobs"].tolist() == answered["llm_logprobs"].tolist()
+    answered.to_parquet(tmp_path / "answered.parquet")
+    read = pq.read_table(tmp_path / "answered.parquet")["llm_logprobs"].to_pylist()
+    assert read == answered["llm_logprobs"].tolist()
+
+
+def test_what_was_read_from_parquet_may_be_completed_and_exploded(
+    llm: LLM, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    params = SamplingParams(temperature=1.0, n=2, max_tokens=3, seed=1, logprobs=1)
+    options: dict[str, Any] = {"include": ["logprobs", "conf"]}
+    frame.llm.generate("Say {a}.", params, **options).to_parquet(tmp_path / "answered.parquet")
+    holes = pd.read_parquet(tmp_path / "answered.parquet")
+    holes.at[1, "llm"] = None
+    whole = holes.llm.generate("Say {a}.", params, overwrite=True, explode=True, **options)
+    expected = frame.llm.generate("Say {a}.", params, explode=True, **options)
+    assert whole["llm"].tolist() == expected["llm"].tolist()
+    assert whole["llm_logprobs"].map(len).tolist() == expected["llm_logprobs"].map(len).tolist()
+
+
+def test_cached_tokens_are_those_of_the_prompt_found_in_the_prefix_cache(
+    llm: LLM, tmp_path: Path
+) -> None:
+    head = "Once upon a time there was one who said so, " * 20
+    frame = pd.DataFrame({"q": [head + "and left.", head + "and stayed."]})
+    options: dict[str, Any] = {"include": ["usage"], "journal": tmp_path / "journal"}
+    llm.reset_prefix_cache()
+    assert frame.head(1).llm.generate("q", GREEDY, include=["usage"])["llm_cached_tokens"][0] == 0
+    before = llm.get_metrics()["prefix_cache_hits"]
+    answered = frame.llm.generate("q", GREEDY, **options)
+    cached = answered["llm_cached_tokens"]
+    assert cached.sum() == llm.get_metrics()["prefix_cache_hits"] - before
+    assert (cached > 100).all() and (cached < answered["llm_prompt_tokens"]).all()
+    assert cached.dtype == "Int64"
+    twins = pd.concat([frame, frame], ignore_index=True)
+    found = twins.llm.generate("q", GREEDY, **options)
+    assert found["llm_cached_tokens"].tolist() == cached.tolist() * 2  # what the answer has cost
 
 
 def test_several_texts_may_be_rows(llm: LLM, frame: pd.DataFrame) -> None:

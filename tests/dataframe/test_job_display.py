@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from nbllm import LLM, SamplingParams
+from nbllm.sampling_params import StructuredOutputsParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
@@ -92,7 +93,7 @@ def test_the_gauge_is_the_engines_own_number(llm: LLM) -> None:
 
 def test_a_result_is_no_html(llm: LLM) -> None:
     frame = pd.DataFrame({"q": ["{missing} <b>"]})
-    job = frame.llm.submit("q", GREEDY, use_tqdm=False)
+    only = GREEDY.clone(structured_outputs=StructuredOutputsParams(choice=["<b>"]))
+    job = frame.llm.submit("q", only, use_tqdm=False)
     job.result()
-    job._rows.results[0].texts[0] = "<script>"
-    assert "&lt;script&gt;" in job._repr_html_() and "<script" not in job._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in job._repr_html_() and "<b>" not in job._repr_html_()

@@ -6,6 +6,8 @@ import asyncio
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,56 @@ def test_a_job_with_a_function_is_resumed_by_its_cell(llm: LLM, frame: pd.DataFr
     assert num_generated(llm) == before
 
 
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("generate", {"template": "{} Say it.", "sampling_params": GREEDY, "out": "a"}),
+        ("classify", {"labels": ["yes", "no"]}),
+        ("score", {}),
+        ("extract", {"schema": {"ok": bool}}),
+        ("embed", {"pooling": "last"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["q", None, 7])
+def test_a_job_of_a_series_is_resumed(
+    llm: LLM, frame: pd.DataFrame, verb: str, arguments: dict[str, Any], name: Any
+) -> None:
+    series = frame["q"].head(3).rename(name)
+    first = getattr(series.llm, verb)(**arguments, journal="series")
+    (listed,) = nbllm.jobs().itertuples()
+    assert (listed.verb, listed.rows, listed.done) == (verb, 3, 3) and listed.resumable
+    computed = llm.get_metrics()["prompt_tokens"]
+    again = nbllm.resume("series")
+    assert llm.get_metrics()["prompt_tokens"] == computed
+    assert type(again) is type(first) and again.equals(first)
+    assert again.index.equals(series.index) and getattr(again, "name", None) == getattr(
+        first, "name", None
+    )
+
+
+@pytest.mark.parametrize("name", [("a", "b"), 2.5])
+def test_a_series_whose_name_is_no_text_is_resumed_by_its_cell(
+    llm: LLM, frame: pd.DataFrame, name: Any
+) -> None:
+    frame["q"].rename(name).llm.generate(None, GREEDY, journal="series")
+    assert nbllm.jobs()["resumable"].tolist() == [False]
+
+
+def test_a_job_of_several_passes_is_listed_and_resumed(llm: LLM, frame: pd.DataFrame) -> None:
+    vectors: dict[str, Any] = {"pooling": "mean"}
+    kept = frame.llm.dedup("q", 0.99, journal="dedup", **vectors)
+    best = frame.llm.topk("q", 2, query="What is 0 + 1?", journal="topk", **vectors)
+    joined = frame.llm.sim_join(frame, "q", journal="sim_join", **vectors)
+    computed = llm.get_metrics()["prompt_tokens"]
+    pd.testing.assert_frame_equal(nbllm.resume("dedup"), kept)
+    pd.testing.assert_frame_equal(nbllm.resume("topk"), best)
+    again = frame.llm.sim_join(frame, "q", journal="sim_join", **vectors)
+    pd.testing.assert_frame_equal(again, joined)
+    assert llm.get_metrics()["prompt_tokens"] == computed
+    resumable = nbllm.jobs().set_index("verb")["resumable"]
+    assert resumable.to_dict() == {"dedup": True, "topk": True, "sim_join": False}
+
+
 def test_a_journal_may_be_any_folder(llm: LLM, frame: pd.DataFrame, tmp_path: Path) -> None:
     folder = tmp_path / "somewhere" / "else"
     first = frame.llm.generate("q", GREEDY, journal=folder)
@@ -309,10 +361,80 @@ def test_a_verb_runs_beside_the_cell(
     assert caught.value.parameter == "job"
 
 
-def test_a_verb_of_several_calls_has_no_job(llm: LLM, frame: pd.DataFrame) -> None:
-    for call in (frame.llm.generate, frame.llm.dedup):
+def passes_of(frame: pd.DataFrame) -> dict[str, Callable[..., Any]]:
+    """Calls that go over rows several times, by name."""
+    few, right = frame.head(3), pd.DataFrame({"text": ["What is 0 + 0?", "A dog."]})
+    own: dict[str, Any] = {"pooling": "mean", "use_tqdm": False}
+    groups = frame.assign(k=[0, 1] * 6).groupby("k")
+    near = {"left_on": "q", "right_on": "text", "candidates": 1, "threshold": 0.0}
+    return {
+        "dedup": partial(frame.llm.dedup, "q", 0.99, **own),
+        "topk": partial(frame.llm.topk, "q", 2, query="What is 0 + 1?", **own),
+        "topk by a question": partial(few.llm.topk, k=2, question="Is it a sum? {q}"),
+        "sim_join": partial(frame.llm.sim_join, right, "q", "text", **own),
+        "join": partial(few.llm.join, right, "Is '{q}' like '{text}'?", calibrate=True, **near),
+        "summarize": partial(groups.llm.summarize, "q", sampling_params=GREEDY, max_tokens=8),
+    }
+
+
+@pytest.mark.parametrize("name", list(passes_of(pd.DataFrame({"q": ["?"] * 12}))))
+def test_a_verb_of_several_passes_runs_beside_the_cell(
+    llm: LLM, frame: pd.DataFrame, name: str
+) -> None:
+    call = passes_of(frame)[name]
+    job = call(job=True)
+    assert isinstance(job, FrameJob)
+    result = job.result(timeout=60)
+    pd.testing.assert_frame_equal(result, call())
+    pd.testing.assert_frame_equal(job.frame, result)
+    assert job.num_done == job.num_rows > 0 and job.stats.num_failed == 0
+
+
+def test_a_cancelled_job_of_several_passes_leaves_what_it_knows(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": [f"{number} " + "word " * 300 for number in range(200)]})
+    job = frame.llm.dedup("q", pooling="mean", dedupe=False, job=True, use_tqdm=False)
+    while not job.num_done:
+        assert not job.done()
+    job.cancel()
+    with pytest.raises(Interrupted) as caught:
+        job.result(timeout=60)
+    vectors = caught.value.partial
+    assert vectors.index.equals(frame.index) and 0 < vectors.notna().sum() < 200
+    assert nbllm.last is vectors and job.frame.notna().equals(vectors.notna())
+
+
+def test_all_passes_of_a_call_are_one_progress(llm: LLM, frame: pd.DataFrame) -> None:
+    bars: list[Any] = []
+
+    class Bar:
+        def __init__(self, total: int, **_: Any) -> None:
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def update(self, count: int) -> None:
+            self.done += count
+
+        def close(self) -> None: ...
+
+    call = passes_of(frame)["sim_join"]
+    call(use_tqdm=Bar)
+    (bar,) = bars
+    assert bar.done == bar.total == 14
+
+
+def test_a_conversation_goes_on_beside_the_cell(llm: LLM, frame: pd.DataFrame) -> None:
+    expected = frame.llm.chat("q", GREEDY, reply="messages")
+    job = frame.llm.chat("q", GREEDY, reply="messages", job=True)
+    pd.testing.assert_frame_equal(job.result(timeout=60), expected)
+    pd.testing.assert_frame_equal(
+        asyncio.run(frame.llm.achat("q", GREEDY, reply="messages")), expected
+    )
+
+
+def test_a_job_that_is_neither_true_nor_false_is_refused(llm: LLM, frame: pd.DataFrame) -> None:
+    for call in (frame.llm.retry, partial(frame.llm.lint, probe=0)):
         with pytest.raises(InvalidRequestError) as caught:
-            call("q", job=True)
+            call(column_or_template="q", job="yes")
         assert caught.value.parameter == "job"
 
 

@@ -16,6 +16,10 @@ from nbllm.dataframe.journal import Journal, RowResult, count_rows
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NUMBERS = st.floats(allow_nan=False)
 TOKENS = st.integers(0, 2**32 - 1)
+LOGPROB = {"token": st.none() | TEXTS, "token_id": TOKENS, "logprob": NUMBERS}
+CHOSEN = st.fixed_dictionaries(
+    LOGPROB | {"top": st.lists(st.fixed_dictionaries(LOGPROB), max_size=2)}
+)
 ROWS = st.dictionaries(
     st.binary(min_size=32, max_size=32),
     st.builds(
@@ -25,7 +29,9 @@ ROWS = st.dictionaries(
         finish_reasons=st.lists(st.sampled_from(["stop", "length"]), max_size=3),
         num_tokens=st.lists(st.integers(0, 2**40), max_size=3),
         num_prompt_tokens=st.integers(0, 2**40),
+        num_cached_tokens=st.integers(0, 2**40),
         numbers=st.lists(NUMBERS, max_size=4),
+        logprobs=st.lists(st.lists(CHOSEN, max_size=2), max_size=2),
     ),
     max_size=20,
 )
@@ -104,6 +110,33 @@ def test_a_part_of_another_version_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"key": [b"x"]}), tmp_path / "part-00000001.parquet")
     with pytest.raises(JournalError, match="another version"):
         Journal(tmp_path)
+
+
+def test_a_part_from_before_there_were_cached_tokens_and_logprobs_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.list_(pa.string())
+    old = pa.schema(
+        {
+            "key": pa.binary(32),
+            "texts": texts,
+            "token_ids": pa.list_(pa.list_(pa.uint32())),
+            "finish_reasons": texts,
+            "num_tokens": pa.list_(pa.int64()),
+            "num_prompt_tokens": pa.int64(),
+            "numbers": pa.list_(pa.float64()),
+        }
+    )
+    row = {"texts": ["Rome"], "token_ids": [[7]], "finish_reasons": ["stop"], "num_tokens": [1]}
+    rows = [{"key": KEYS[0], "num_prompt_tokens": 5, "numbers": [-0.5, 1.0], **row}]
+    parquet.write_table(pa.Table.from_pylist(rows, old), tmp_path / "part-00000001.parquet")
+    fill(tmp_path, [KEYS[1]])
+    with Journal(tmp_path) as journal:
+        found = journal.get(KEYS[0])
+        assert found == RowResult(num_prompt_tokens=5, numbers=[-0.5, 1.0], **row)
+        assert found is not None and found.num_cached_tokens == 0 and found.logprobs == []
+        assert journal.get(KEYS[1]) == ROW
 
 
 def test_only_one_job_writes_at_a_time(tmp_path: Path) -> None:

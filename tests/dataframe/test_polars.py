@@ -58,6 +58,7 @@ def test_a_polars_frame_is_answered_and_keeps_its_types(llm: LLM, frame: pl.Data
         "a": pl.String,
         "a_error": pl.String,
         "a_prompt_tokens": pl.Int64,
+        "a_cached_tokens": pl.Int64,
         "a_completion_tokens": pl.Int64,
         "a_conf": pl.Float64,
     }
@@ -80,6 +81,31 @@ def test_several_texts_a_row_are_lists(llm: LLM, frame: pl.DataFrame) -> None:
     exploded = frame.llm.generate("q", params, explode=True)
     assert exploded["llm"].to_list() == result["llm"].explode().to_list()
     assert exploded["kind"].to_list() == ["b", "b", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(("n", "explode"), [(1, False), (2, False), (2, True)])
+def test_log_probabilities_are_lists_of_structs_of_a_known_type(
+    llm: LLM, frame: pl.DataFrame, n: int, explode: bool
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=1, n=n, max_tokens=3)
+    options: dict[str, Any] = {"include": ["logprobs"], "explode": explode}
+    result = frame.llm.generate("q", params, **options)
+    token = {"token": pl.String, "token_id": pl.Int64, "logprob": pl.Float64}
+    tokens = pl.List(pl.Struct({**token, "top": pl.List(pl.Struct(token))}))
+    expected = pl.List(tokens) if n > 1 and not explode else tokens
+    assert result.schema["llm_logprobs"] == expected
+    assert frame.lazy().llm.generate("q", params, **options).collect_schema() == result.schema
+    assert frame.clear().llm.generate("q", params, **options).schema == result.schema
+    pandas = frame.to_pandas()[["q"]].llm.generate("q", params, **options)
+    assert result["llm_logprobs"].drop_nulls().to_list() == pandas["llm_logprobs"].dropna().tolist()
+
+
+def test_rows_with_one_text_are_lists_where_others_have_several(
+    llm: LLM, frame: pl.DataFrame
+) -> None:
+    params = {"temperature": 1.0, "seed": 1, "max_tokens": 3, "n": pl.Series([1, 1, 2])}
+    result = frame.llm.generate("q", params, include=["logprobs"])
+    assert [None if cell is None else len(cell) for cell in result["llm_logprobs"]] == [1, None, 2]
 
 
 def test_sampling_parameters_may_be_a_polars_series(llm: LLM, frame: pl.DataFrame) -> None:

@@ -50,6 +50,35 @@ def test_lint_says_why_a_template_fails(llm: LLM) -> None:
     assert "2 whose prompt can't be made" in repr(report)
 
 
+def test_lint_says_what_is_missing_and_what_the_template_leaves_out(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["a", None, "b c d"], "x": [None, None, 1], "id": 0, "z": 0})
+    for template, options in (
+        ("{q}: {x}", {}),
+        ("{q}: {x}", {"na": "fill"}),
+        ("{{ q }}: {{ x }}", {"template_format": "jinja2"}),
+    ):
+        report = frame.llm.lint(template, probe=0, **options)
+        assert report.missing == {"q": 1, "x": 2}
+        assert report.unused == ["id", "z"]
+        assert "missing values: q 1, x 2\ncolumns that are not in the template: id, z" in repr(
+            report
+        )
+    for source in ("q", lambda row: row["q"]):
+        assert frame.llm.lint(source, probe=0).unused == []
+    wide = frame.assign(**{f"column {i}": 0 for i in range(50)})
+    assert "column 2 and 47 more" in repr(wide.llm.lint("{q}", probe=0))
+
+
+def test_lint_shows_how_long_the_prompts_are(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["word " * length for length in [*range(1, 100), 400]]})
+    report = frame.llm.lint("q", chat=False, probe=0)
+    p50, p90, p99 = np.percentile(report.prompt_tokens, [50, 90, 99]).astype(int)
+    assert f"p50 {p50}, p90 {p90}, p99 {p99}, max {report.prompt_tokens.max()}" in repr(report)
+    (bars,) = [line for line in repr(report).splitlines() if "|" in line]
+    assert bars.count("█") >= 1 and bars.endswith(f"▁| {report.prompt_tokens.max()}")
+    assert "|" not in repr(frame.head(1).llm.lint("q", probe=0, samples=0))
+
+
 def test_lint_of_an_empty_frame(llm: LLM) -> None:
     report = pd.DataFrame({"q": pd.Series(dtype=object)}).llm.lint("q")
     assert repr(report) == "0 rows, 0 to answer"
