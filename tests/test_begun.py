@@ -29,8 +29,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(device="cpu", dtype="float32") as llm:
+def llm(device: str) -> Iterator[LLM]:
+    with LLM(device=device, dtype="float32") as llm:
         llm._thread._engine.check_integrity = True
         yield llm
 
