@@ -8,8 +8,10 @@ import re
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 import nbllm
 from nbllm import LLM, SamplingParams
@@ -53,6 +55,15 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 def test_every_block_of_python_compiles(page: Path) -> None:
     for block in python_blocks(page.read_text(encoding="utf-8")):
         compile(block, page.name, "exec")
+
+
+def test_the_tour_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBLLM_HOME", str(tmp_path))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tour = readme.split("\n## Tour\n")[1].split("\n## ")[0]
+    cells = [nbformat.v4.new_code_cell(block) for block in python_blocks(tour)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
 
 
 def test_the_blocks_are_found() -> None:
