@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
@@ -141,7 +141,7 @@ class EngineCall(ABC, Generic[ParamsT, OutputT]):
             yield from self.absorb(self.stream.take())
             yield from self.submit()
 
-    async def aresults(self) -> AsyncIterator[tuple[int, OutputT]]:
+    async def aresults(self) -> AsyncGenerator[tuple[int, OutputT], None]:
         """`results` for any event loop."""
         for item in self.submit():
             yield item

@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -146,9 +146,10 @@ class RowJob:
         """`run` for any event loop; cancelling the task leaves what had ended."""
         self._bar, tokens = bar, _TokenBar(bar, self.totals)
         with self._open() as call, self._kept(call):
-            async for number, output in call.aresults():
-                self._keep(number, output)
-                tokens.update(1, **call.token_counts(output))
+            async with aclosing(call.aresults()) as results:
+                async for number, output in results:
+                    self._keep(number, output)
+                    tokens.update(1, **call.token_counts(output))
 
     def first_ended(self, count: int) -> list[int]:
         """At most `count` rows that have ended, those that failed before the others."""

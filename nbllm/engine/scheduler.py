@@ -10,6 +10,9 @@ behind it, while nothing is known of the tokens that it samples. All steps run o
 their order, so a page may be found, shared, freed and given away as if every step before had ended:
 whoever gets it reads and writes it in a later step. A token that ends a text unexpectedly leaves
 the steps behind it with a sequence too many; its results are dropped.
+
+Rows of a frame go after what somebody waits for: a cell, a client, a widget. They fill the places
+that the others leave, and give them back.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from nbllm.engine.block_manager import BlockManager
 from nbllm.engine.request import FinishReason, Request, RequestStatus
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 
+Order = tuple[int, bool, int]
+"""Priority, whether it is a row of a frame (these two are the kind of a request), arrival."""
+
 
 class Scheduler:
     """FCFS or priority order, chunked prefill, preemption by recompute.
@@ -31,8 +37,7 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
-        assert config.max_num_seqs is not None
-        assert config.max_num_batched_tokens is not None
+        assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
         self.block_manager = block_manager
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
@@ -44,7 +49,7 @@ class Scheduler:
         self.ending: dict[Request, None] = {}  # enqueued steps complete them
         self.num_preemptions = 0
         self._released: list[Request] = []  # since the last schedule()
-        self._waiting: list[tuple[int, int, Request]] = []  # a heap: (priority, arrival, request)
+        self._waiting: list[tuple[Order, Request]] = []  # a heap
         self._num_waiting = 0
         self._num_arrivals = 0
 
@@ -80,6 +85,9 @@ class Scheduler:
         decodes: list[Request] = []
         prefills: list[ScheduledRequest] = []
         released, self._released = self._released, []
+        if not self._make_way(released, may_preempt):
+            self._released = released
+            return SchedulerOutput((), 0, (), 1)
         num_preemptions = self.num_preemptions
         lacks_pages = False
         for request in list(self.running):
@@ -143,20 +151,15 @@ class Scheduler:
     def restart(self) -> list[Request]:
         """After an exception in the middle of a change: drop all pages, start all requests again.
 
-        The tokens of the requests are the only truth that is kept; nothing of the page accounting
-        is.
+        Only the tokens of the requests are kept, nothing of the page accounting is.
 
         Returns:
             requests that the interrupted change had finished already.
         """
         known = sorted(self.requests.values(), key=lambda request: request.arrival_index)
         self.block_manager.reset()
-        self.requests = {}
-        self.running = {}
-        self.ending = {}
-        self._released = []
-        self._waiting = []
-        self._num_waiting = 0
+        self.requests, self.running, self.ending = {}, {}, {}
+        self._released, self._waiting, self._num_waiting = [], [], 0
         for request in known:
             request.num_computed_tokens = 0
             request.num_output_placeholders = 0
@@ -172,7 +175,7 @@ class Scheduler:
         """Raise AssertionError unless every page has exactly the owners that it should have."""
         owners = [*self.running, *self.ending]
         waiting = [r for r in self.requests.values() if r not in set(owners)]
-        queued = [entry[2] for entry in self._waiting if not entry[2].is_finished]
+        queued = [request for _, request in self._waiting if not request.is_finished]
         assert len(owners) == len(set(owners)) and set(owners) <= set(self.requests.values())
         assert set(queued) == set(waiting), "a request is lost"
         assert len(queued) == len(waiting) == self._num_waiting, "the queue's count is off"
@@ -185,6 +188,27 @@ class Scheduler:
             assert request.is_booked_out == (request in self.ending)
             assert request.is_decoding or not request.num_output_placeholders
         self.block_manager.check_integrity(owners)
+
+    def _make_way(self, released: list[Request], may_preempt: bool) -> bool:
+        """Preempt the last ones where others, of a kind that goes before theirs, lack a place.
+
+        Returns:
+            False if somebody must be preempted, and nobody may be now.
+        """
+        blocks = self.block_manager
+        while self.running and self._waiting:
+            kind = self._order(last := next(reversed(self.running)))[:2]
+            if self._waiting[0][0][:2] >= kind:
+                break
+            firsts = [r for order, r in self._waiting if order[:2] < kind and not r.is_finished]
+            num_pages = sum(blocks.num_blocks_for(request.num_tokens) for request in firsts)
+            lacks_places = len(firsts) > self.max_num_seqs - self._num_rows
+            if not lacks_places and num_pages <= blocks.num_free_blocks:
+                break
+            if not may_preempt:
+                return False
+            self._preempt(last, released)
+        return True
 
     def _make_room(self, request: Request, released: list[Request], may_preempt: bool) -> bool:
         """Get pages for all tokens of a running request; preempt the last ones if need be.
@@ -272,11 +296,11 @@ class Scheduler:
 
     def _admit_waiting(self, budget: int, prefills: list[ScheduledRequest]) -> None:
         """Start waiting requests in order while tokens, places and pages last."""
-        postponed: list[tuple[int, int, Request]] = []
+        postponed: list[tuple[Order, Request]] = []
         is_sorted = True
         while self._waiting and budget > 0 and self._num_rows < self.max_num_seqs:
             entry = heapq.heappop(self._waiting)
-            request = entry[2]
+            order, request = entry
             if request.status is not RequestStatus.WAITING:
                 continue
             if request.leader is not None and not request.leader.has_computed_prompt:
@@ -286,12 +310,12 @@ class Scheduler:
                 postponed.append(entry)
                 break
             self._num_waiting -= 1
-            if request.metrics.num_preemptions == 0:
-                num_cached = min(request.num_computed_tokens, request.num_prompt_tokens)
-                request.num_cached_tokens = num_cached
+            if not request.metrics.num_preemptions:
+                computed, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+                request.num_cached_tokens = min(computed, num_prompt)
             request.start_running()
             last = next(reversed(self.running), None)
-            is_sorted = is_sorted and (last is None or self._order(last) < entry[:2])
+            is_sorted = is_sorted and (last is None or self._order(last) < order)
             self.running[request] = None
             prefills.append(self._book_tokens(request, budget))
             budget -= prefills[-1].num_scheduled_tokens
@@ -328,8 +352,9 @@ class Scheduler:
         self.block_manager.free(request)
 
     def _push_waiting(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (*self._order(request), request))
+        heapq.heappush(self._waiting, (self._order(request), request))
         self._num_waiting += 1
 
-    def _order(self, request: Request) -> tuple[int, int]:
-        return (request.priority if self.uses_priority else 0, request.arrival_index)
+    def _order(self, request: Request) -> Order:
+        priority = request.priority if self.uses_priority else 0
+        return priority, request.source == "dataframe", request.arrival_index

@@ -443,3 +443,17 @@ def test_a_table_has_no_job(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         table.llm.score("q", job=True)
     assert caught.value.parameter == "job"
+
+
+def test_a_cell_is_answered_while_a_job_fills_the_batch(home: Path) -> None:
+    frame = pd.DataFrame({"q": [f"Story {number}." for number in range(6)]})
+    params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+    with LLM(device="cpu", dtype="float32", max_num_seqs=2) as llm:
+        job = frame.llm.submit("q", params, llm=llm, use_tqdm=False)
+        while llm.get_metrics()["num_requests_running"] < 2:
+            assert not job.done()
+        llm.generate(["What is 1 + 1?", "What is 2 + 1?"], GREEDY, use_tqdm=False)
+        assert job.num_done == 0  # a row takes 300 steps, the answers took a few
+        job.cancel()
+        with pytest.raises(Interrupted):
+            job.result(timeout=60)

@@ -77,6 +77,58 @@ def test_a_lower_priority_number_runs_first(make_request: MakeRequest) -> None:
     assert advance(scheduler).scheduled[0].request is urgent
 
 
+def test_rows_of_a_frame_make_way_for_what_somebody_waits_for(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    rows = [make_request([number], source="dataframe") for number in range(4)]
+    for row in rows:
+        scheduler.add(row)
+    advance(scheduler)
+    asked = make_request([9], max_tokens=2)
+    scheduler.add(asked)
+    output = advance(scheduler)
+    assert [item.request for item in output.scheduled] == [rows[0], asked]
+    assert output.released == (rows[1],)
+    later = make_request([8], source="cell")
+    scheduler.add(later)
+    assert {item.request for item in advance(scheduler).scheduled} == {asked, later}
+    while scheduler.has_requests:
+        advance(scheduler)
+    assert all(row.num_output_tokens == 8 for row in rows)
+
+
+def test_rows_of_a_frame_give_their_pages_back_when_others_need_them(
+    make_request: MakeRequest,
+) -> None:
+    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=32, enable_prefix_caching=False)
+    rows = [make_request([number] * 7, source="dataframe") for number in range(2)]
+    for row in rows:
+        scheduler.add(row)
+    advance(scheduler)
+    asked = make_request([9] * 10, max_tokens=1)
+    scheduler.add(asked)
+    output = advance(scheduler)
+    assert asked in {item.request for item in output.scheduled}
+    assert output.released[: len(rows)] == (rows[1],)
+
+
+def test_nobody_makes_way_before_the_enqueued_steps_have_ended(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    row, asked = make_request([1], source="dataframe"), make_request([2])
+    scheduler.add(row)
+    advance(scheduler)
+    scheduler.add(asked)
+    assert not scheduler.schedule(may_preempt=False).scheduled
+    assert [item.request for item in advance(scheduler).scheduled] == [asked]
+
+
+def test_who_asks_alike_does_not_make_way(make_request: MakeRequest) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for source in ("cell", "server"):
+        scheduler.add(make_request([1], source=source))
+    first, _ = advance(scheduler), advance(scheduler)
+    assert scheduler.num_preemptions == 0 and first.scheduled[0].request.source == "cell"
+
+
 def test_the_last_of_the_running_is_preempted_and_comes_back(make_request: MakeRequest) -> None:
     scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=32)  # 20 tokens
     first, second = make_request([1] * 8, max_tokens=9), make_request([2] * 8, max_tokens=9)
@@ -206,6 +258,7 @@ def jobs(draw: st.DrawFn) -> dict[str, int]:
         "arrival": draw(st.integers(0, 6)),
         "abort": draw(st.integers(0, 40)),  # aborted in that step if it is still there
         "priority": draw(st.integers(0, 2)),
+        "source": draw(st.sampled_from(["cell", "dataframe"])),
         "n": draw(st.sampled_from([1, 1, 1, 2, 3])),
         "end": draw(st.sampled_from(["length", "stop id", "stop string", "bad word"])),
     }
@@ -214,7 +267,7 @@ def jobs(draw: st.DrawFn) -> dict[str, int]:
 def make_requests(number: int, job: dict[str, Any]) -> list[Request]:
     """`n` continuations of a prompt; the first leads the others."""
     prompt = [job["kind"]] * job["prompt_len"]
-    options: dict[str, Any] = {"priority": job["priority"]}
+    options: dict[str, Any] = {"priority": job["priority"], "source": job["source"]}
     if job["end"] == "stop string":
         options["stop_checker"] = lambda ids: "1" if 1 in ids else None
     if job["end"] == "bad word":
@@ -296,10 +349,12 @@ def test_any_workload_keeps_the_invariants_and_ends(
                 assert item.first_position <= item.request.num_tokens, "a token is not known yet"
         if scheduler.has_requests:
             assert output.scheduled or output.released or pending, "nothing happens"
-        if head is not None and policy == "fcfs" and not pending:
+        if head is not None and head.source == "cell" and policy == "fcfs" and not pending:
             assert head.is_finished or head.num_computed_tokens > before[head]
-        pending.append((output, device.run(output)))
-        if len(pending) == max_pending or not output.scheduled:
+        sampled = device.run(output)
+        if output.scheduled:
+            pending.append((output, sampled))
+        if pending and (len(pending) == max_pending or not output.scheduled):
             scheduler.advance(*pending.popleft())
             scheduler.check_integrity()
         if not scheduler.has_requests and not arrivals:
