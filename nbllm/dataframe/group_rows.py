@@ -16,7 +16,7 @@ def group_rows(groups: Any, names: Sequence[Hashable]) -> tuple[pd.DataFrame, li
     """The frame that `agg` would make, without its columns, and the positions of each row's rows.
 
     Args:
-        groups: a DataFrameGroupBy.
+        groups: a DataFrameGroupBy or a SeriesGroupBy.
         names: of columns that will be added.
 
     Raises:
@@ -55,3 +55,19 @@ def group_rows(groups: Any, names: Sequence[Hashable]) -> tuple[pd.DataFrame, li
 def known(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A key that is equal to itself, also where values are missing."""
     return tuple(None if is_missing(value) else value for value in key)
+
+
+def groupby_arguments(groups: Any) -> dict[str, Any] | None:
+    """The arguments of the `groupby`, as JSON; None if its keys are no names of columns.
+
+    Args:
+        groups: a DataFrameGroupBy; of a SeriesGroupBy the frame is not known: None.
+    """
+    by = groups.keys
+    names = by if isinstance(by, list) else [by]
+    if not isinstance(groups.obj, pd.DataFrame) or groups.level is not None:
+        return None
+    if not all(isinstance(name, str) and name in groups.obj.columns for name in names):
+        return None
+    options = ("as_index", "sort", "dropna", "observed")
+    return {"by": by} | {name: bool(getattr(groups, name)) for name in options}

@@ -9,43 +9,45 @@ round.
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pandas as pd
-from pandas.api.typing import DataFrameGroupBy
+from pandas.api.typing import DataFrameGroupBy, SeriesGroupBy
 
 from nbllm.checks import check_int
-from nbllm.dataframe.call_options import CallOptions, check_choice
-from nbllm.dataframe.columns import text_array
-from nbllm.dataframe.frame_call import FrameCall
+from nbllm.dataframe.call_options import check_choice
+from nbllm.dataframe.citations import MAX_TOKENS, Cite, citation_table, citing
 from nbllm.dataframe.frame_verbs import read_options
-from nbllm.dataframe.generate_verb import Generate, Params, row_params
-from nbllm.dataframe.group_rows import group_rows
-from nbllm.dataframe.passes import Steps
-from nbllm.dataframe.prompts import FORMATS, Prompts, frame_prompts
-from nbllm.dataframe.row_call import RowCall
-from nbllm.dataframe.row_job import RowJob
+from nbllm.dataframe.generate_verb import Generate, Params, arguments_as_json, row_params
+from nbllm.dataframe.group_rows import group_rows, groupby_arguments
+from nbllm.dataframe.jobs import JobDescription
+from nbllm.dataframe.packing import Packing
+from nbllm.dataframe.prompts import FORMATS, frame_prompts, series_prompts
+from nbllm.dataframe.summary_rounds import SummaryRounds
 from nbllm.default_llm import default_llm
-from nbllm.errors import Interrupted, InvalidRequestError
+from nbllm.errors import InvalidRequestError
 from nbllm.llm import LLM
-from nbllm.sampling_params import SamplingParams
 
 INSTRUCTION = "Summarize the following texts in one short paragraph."
-_BETWEEN = "\n\n"
-_LEAST_ROOM = 32  # tokens of texts in a prompt
+CITE_INSTRUCTION = (
+    "Summarize the following texts in a few short claims, as JSON; name the numbers of the texts "
+    "that each claim stands on."
+)
 
 
 def register_groupby() -> None:
-    """Give the groups of a DataFrame their `.llm`. Idempotent.
+    """Give the groups of a DataFrame, and of a column of it, their `.llm`. Idempotent.
 
     pandas has a way to register accessors for frames only. A property on the public class is what
     that comes to; a column named "llm" of a grouped frame is `grouped["llm"]` then.
     """
-    if not isinstance(getattr(DataFrameGroupBy, "llm", None), property):
-        setattr(DataFrameGroupBy, "llm", property(GroupByAccessor))  # noqa: B010 (mypy)
+    for owner, accessor in (
+        (DataFrameGroupBy, GroupByAccessor),
+        (SeriesGroupBy, SeriesGroupByAccessor),
+    ):
+        if not isinstance(getattr(owner, "llm", None), property):
+            setattr(owner, "llm", property(accessor))  # noqa: B010 (mypy)
 
 
 class GroupByAccessor:
@@ -63,7 +65,12 @@ class GroupByAccessor:
         Keyword args:
             instruction: what is asked of the model; it stands before the texts, and before the
                 summaries of parts of a group that was too long for one prompt.
-            max_tokens: of a summary, default 128; two of them must fit a prompt.
+            cite: True makes the summary of claims, and adds the column `<out>_citations`: for
+                each group a list with a `{"claim", "rows"}` dict per claim, "rows" being the
+                labels of the rows that it stands on, all of that group. "table" returns these
+                instead, a row for each claim and row: see `citation_table`.
+            max_tokens: of a summary, default 128, with `cite` 256; two of them must fit a prompt.
+                There are at most three claims, each of `max_tokens // 3` characters.
             sampling_params: as in `generate`, but the same for all.
             out: name of the new column, default "summary".
             na: "skip" leaves rows with missing values out, "fill" makes empty texts of them,
@@ -90,246 +97,137 @@ class GroupByAccessor:
         summaries: pd.DataFrame = await self._rounds(column_or_template, **options).submit()
         return summaries
 
-    def _rounds(
-        self,
-        column_or_template: Any,
-        *,
-        instruction: str = INSTRUCTION,
-        max_tokens: int = 128,
-        sampling_params: Params = None,
-        out: Hashable = "summary",
-        system: str | None = None,
-        chat: bool | str = "auto",
-        template_format: str = "f-string",
-        llm: LLM | None = None,
-        **options: Any,
-    ) -> SummaryRounds:
-        checked = read_options(options, label="Summarizing")
-        check_choice("chat", chat, (True, False, "auto"))
-        check_choice("template_format", template_format, FORMATS)
-        check_int("max_tokens", max_tokens, minimum=1)
-        if isinstance(sampling_params, Sequence):
-            raise InvalidRequestError(
-                "sampling_params must be the same for all groups", parameter="sampling_params"
-            )
-        llm = llm or default_llm()
-        params = row_params(sampling_params, llm, 1)(0).clone(max_tokens=max_tokens, n=1)
-        texts = frame_prompts(
-            self._groups.obj, column_or_template, template_format=template_format, na=checked.na
+    def _rounds(self, column_or_template: Any, **options: Any) -> SummaryRounds:
+        return _summary_rounds(self._groups, column_or_template, **options)
+
+
+class SeriesGroupByAccessor:
+    """`df.groupby(...)[column].llm`: see `summarize`."""
+
+    def __init__(self, groups: Any) -> None:
+        self._groups = groups
+
+    def summarize(self, template: Any = None, *, job: bool = False, **options: Any) -> Any:
+        """A summary of each group's values; returns a Series, as `agg` makes it.
+
+        Args:
+            template: text with the field `{}`, or a function; None takes the values as texts.
+
+        Keyword args:
+            out: name of the result; default: that of the column.
+            errors: "warn" (the default) leaves a missing summary and warns; "raise" raises the
+                first error.
+            cite: "table" returns a frame with a row for each claim and row.
+
+        Returns:
+            a Series by group; with `as_index=False` a frame with the keys, too.
+
+        The other arguments and errors are those of the DataFrame's `summarize`.
+        """
+        return _summary_rounds(self._groups, template, **options).answer(job)
+
+    async def asummarize(self, template: Any = None, **options: Any) -> Any:
+        """`summarize` for any event loop; cancelling the task stops it."""
+        return await _summary_rounds(self._groups, template, **options).submit()
+
+
+def _summary_rounds(
+    groups: Any,
+    source: Any,
+    *,
+    instruction: str | None = None,
+    cite: bool | str = False,
+    max_tokens: int | None = None,
+    sampling_params: Params = None,
+    out: Hashable = None,
+    system: str | None = None,
+    chat: bool | str = "auto",
+    template_format: str = "f-string",
+    llm: LLM | None = None,
+    **options: Any,
+) -> SummaryRounds:
+    data = groups.obj
+    is_series = isinstance(data, pd.Series)
+    checked = read_options(options, label="Summarizing", errors="warn" if is_series else "column")
+    check_choice("chat", chat, (True, False, "auto"))
+    check_choice("template_format", template_format, FORMATS)
+    check_choice("cite", cite, (True, False, "table"))
+    if is_series and (checked.errors == "column" or cite is True):
+        raise InvalidRequestError(
+            "a Series has no column for errors or citations: use errors='warn' and cite='table', "
+            "or the groups of the DataFrame",
+            parameter="cite" if cite is True else "errors",
         )
-        if checked.na == "raise" and any(texts.missing()):
-            raise InvalidRequestError(
-                f"{sum(texts.missing())} rows have missing values", parameter="na"
-            )
-        frame, groups = group_rows(self._groups, [out, f"{out}_error"])
-        verb = Generate(
+    if max_tokens is None:
+        max_tokens = MAX_TOKENS if cite else 128
+    check_int("max_tokens", max_tokens, minimum=1)
+    if isinstance(sampling_params, Sequence):
+        raise InvalidRequestError(
+            "sampling_params must be the same for all groups", parameter="sampling_params"
+        )
+    described = dict(
+        options,
+        instruction=instruction,
+        cite=cite,
+        max_tokens=max_tokens,
+        sampling_params=sampling_params,
+        out=out,
+        system=system,
+        chat=chat,
+        template_format=template_format,
+    )
+    llm = llm or default_llm()
+    params = row_params(sampling_params, llm, 1)(0).clone(max_tokens=max_tokens, n=1)
+    if cite and params.structured_outputs is not None:
+        raise InvalidRequestError(
+            "with cite, sampling_params must leave structured_outputs alone",
+            parameter="sampling_params",
+        )
+    read = {"template_format": template_format, "na": checked.na}
+    if is_series:
+        texts = series_prompts(data, source, **read)
+        out = data.name if out is None else out
+        described["template"] = source
+    else:
+        texts = frame_prompts(data, source, **read)
+        out = "summary" if out is None else out
+        described["column_or_template"] = source
+    if checked.na == "raise" and any(texts.missing()):
+        raise InvalidRequestError(
+            f"{sum(texts.missing())} rows have missing values", parameter="na"
+        )
+    added = [out, f"{out}_error", *[f"{out}_citations"] * bool(cite)]
+    frame, rows_of = group_rows(groups, added)
+    if instruction is None:
+        instruction = CITE_INSTRUCTION if cite else INSTRUCTION
+    params_of = citing(params) if cite else lambda num_texts: params
+
+    def verb_of(nums_texts: Sequence[int]) -> Generate:
+        return (Cite if cite else Generate)(
             llm,
-            lambda row: params,
+            lambda row: params_of(nums_texts[row]),
             chat=chat,
             system=system,
             keeps_tokens=checked.journal is not None,
         )
-        packing = Packing(verb, params, instruction)
-        cells = [[texts[row] for row in rows] for rows in groups]
-        return SummaryRounds(packing, cells, checked, frame, out)
 
+    def make_result(result: pd.DataFrame) -> Any:
+        if cite == "table":
+            return citation_table(result, out)
+        return result[out] if is_series and groups.as_index else result
 
-class Packing:
-    """From texts to prompts that fit the context.
-
-    Args:
-        verb: renders the prompts.
-        params: with `max_tokens` of an answer.
-        instruction: stands before the texts.
-
-    Raises:
-        InvalidRequestError: two answers do not fit a prompt.
-    """
-
-    def __init__(self, verb: Generate, params: SamplingParams, instruction: str) -> None:
-        self.verb = verb
-        self._instruction = instruction
-        longest = verb.llm.config.max_model_len
-        assert longest is not None and params.max_tokens is not None
-        self._limit = longest - params.max_tokens
-        around = self._num_tokens([""])
-        self._room = self._limit - around
-        if self._room < max(2 * (params.max_tokens + 2), _LEAST_ROOM):
-            raise InvalidRequestError(
-                f"two summaries of {params.max_tokens} tokens and the instruction ({around} "
-                f"tokens) do not fit max_model_len={longest}: lower max_tokens",
-                parameter="max_tokens",
-            )
-
-    def prompts(self, texts: Sequence[str]) -> list[str]:
-        """Prompts that hold all of the texts, in their order; a text that is too long is divided.
-
-        Raises:
-            InvalidRequestError: a text can't be tokenized.
-        """
-        packs: list[list[str]] = [[]]
-        filled = 0
-        for piece, num_tokens in self._pieces(texts):
-            if packs[-1] and filled + num_tokens > self._room:
-                packs.append([])
-                filled = 0
-            packs[-1].append(piece)
-            filled += num_tokens
-        return [self._prompt(fitting) for pack in packs for fitting in self._fit(pack)]
-
-    def _pieces(self, texts: Sequence[str]) -> list[tuple[str, int]]:
-        """Texts that fit a prompt, and the tokens of each with what is between it and the next."""
-        pieces = []
-        between = self._count(_BETWEEN)
-        for encoded in self.verb.llm._encode(list(texts)):
-            if encoded.error is not None:
-                raise encoded.error
-            text, num_tokens = encoded.text or "", len(encoded.token_ids) + between
-            if num_tokens <= self._room:
-                pieces.append((text, num_tokens))
-            else:
-                pieces += self._pieces(halves(text))
-        return pieces
-
-    def _fit(self, pack: list[str]) -> list[list[str]]:
-        """The pack, divided where the exact count of its prompt says so."""
-        if self._num_tokens(pack) <= self._limit:
-            return [pack]
-        middle = len(pack) // 2
-        parts = [pack[:middle], pack[middle:]] if middle else [[half] for half in halves(pack[0])]
-        return [fitting for part in parts for fitting in self._fit(part)]
-
-    def _prompt(self, pack: Sequence[str]) -> str:
-        return _BETWEEN.join([self._instruction, *pack])
-
-    def _num_tokens(self, pack: Sequence[str]) -> int:
-        return self._count(self.verb.render(self._prompt(pack)))
-
-    def _count(self, prompt: Any) -> int:
-        encoded = self.verb.llm._encode([prompt])[0]
-        if encoded.error is not None:
-            raise encoded.error
-        return len(encoded.token_ids)
-
-
-def halves(text: str) -> list[str]:
-    """A text in two, between words if there are any near the middle."""
-    middle = len(text) // 2
-    start = text.rfind(" ", middle // 2, middle)
-    cut = start if start > 0 else max(middle, 1)
-    return [text[:cut], text[cut:]]
-
-
-Ends = tuple[dict[int, list[str]], dict[int, str], dict[int, BaseException]]
-"""By group: the texts of those that are not done, the summaries, and why there is none."""
-
-
-class SummaryRounds(FrameCall):
-    """The texts of each group, and how far they have come.
-
-    Args:
-        packing: makes prompts of them.
-        groups: the texts of each group; an error, or None for a missing one, may be among them.
-        options: checked.
-        frame: of the result, a row for each group.
-        out: name of its new column.
-    """
-
-    def __init__(
-        self,
-        packing: Packing,
-        groups: list[list[Any]],
-        options: CallOptions,
-        frame: pd.DataFrame,
-        out: Hashable,
-    ) -> None:
-        self._packing = packing
-        self.options = options
-        self._frame = frame
-        self._out = out
-        self._texts: dict[int, list[str]] = {}  # of groups that are not done
-        self._summaries: dict[int, str] = {}
-        self._errors: dict[int, BaseException] = {}
-        self._num_rounds = 0
-        for place, cells in enumerate(groups):
-            texts = [cell for cell in cells if cell is not None]
-            wrong = next((text for text in texts if not isinstance(text, str)), None)
-            if isinstance(wrong, Exception):
-                self._fail(place, wrong)
-            elif wrong is not None:
-                kind = type(wrong).__name__
-                self._fail(place, InvalidRequestError(f"only texts are summarized, not a {kind}"))
-            elif texts:
-                self._texts[place] = texts
-
-    def steps(self) -> Steps:
-        """See `FrameCall.steps`: a pass is a round."""
-        while self._texts:
-            places, prompts = self._next_round()
-            rows = Prompts({"": prompts}, len(prompts), lambda values: values[""])
-
-            def make_frame(job: RowJob, places: list[int] = places) -> pd.DataFrame:
-                return self._frame_of(*self._ends(places, job))
-
-            job = yield RowCall(self._packing.verb, rows, self.options, make_frame)
-            self._texts, self._summaries, self._errors = self._ends(places, job)
-        return self._frame_of(self._texts, self._summaries, self._errors)
-
-    def _next_round(self) -> tuple[list[int], list[str]]:
-        """The group of each prompt of a round, and the prompts."""
-        self._num_rounds += 1
-        prompts: list[str] = []
-        all_places: list[int] = []
-        for place, texts in list(self._texts.items()):
-            try:
-                packed = self._packing.prompts(texts)
-                if self._num_rounds > 1 and len(packed) >= len(texts):
-                    raise InvalidRequestError("no two summaries fit a prompt: lower max_tokens")
-            except InvalidRequestError as error:
-                self._fail(place, error)
-                continue
-            prompts += packed
-            all_places += [place] * len(packed)
-        return all_places, prompts
-
-    def _ends(self, places: list[int], rows: RowJob) -> Ends:
-        """How far the groups are when the rows of a round have come so far."""
-        texts, summaries, errors = dict(self._texts), dict(self._summaries), dict(self._errors)
-        answers: dict[int, list[str]] = {}
-        for place, result in zip(places, rows.results, strict=True):
-            answers.setdefault(place, []).extend(result.texts if result is not None else ())
-        for row, error in rows.errors.items():
-            errors.setdefault(places[row], error)
-        num_prompts = Counter(places)
-        for place, said in answers.items():
-            if place in errors:
-                del texts[place]
-            elif len(said) == num_prompts[place]:
-                texts[place] = said
-                if len(said) == 1:
-                    summaries[place] = texts.pop(place)[0]
-        if rows.is_interrupted:
-            errors |= {place: Interrupted() for place in texts}
-        return texts, summaries, errors
-
-    def _frame_of(
-        self,
-        texts: dict[int, list[str]],
-        summaries: dict[int, str],
-        errors: dict[int, BaseException],
-    ) -> pd.DataFrame:
-        places = range(len(self._frame))
-        result = self._frame.copy()
-        result[self._out] = text_array([summaries.get(p) for p in places], result.index)
-        if self.options.errors == "column":
-            shown = [str(errors[p]) if p in errors else None for p in places]
-            result[f"{self._out}_error"] = text_array(shown, result.index)
-        return result
-
-    def _fail(self, place: int, error: Exception) -> None:
-        self._texts.pop(place, None)
-        self._errors[place] = error
-        if self.options.errors == "raise":
-            raise error
-        if self.options.errors == "warn":
-            warnings.warn(f"a group could not be summarized: {error}", stacklevel=2)
+    known = groupby_arguments(groups)
+    arguments = arguments_as_json(described) if known is not None else None
+    described_frame = data.to_frame(name="value") if is_series else data
+    owner = {"groupby": known, "column": None}
+    return SummaryRounds(
+        packing=Packing(verb_of([1]), params, instruction, numbered=bool(cite)),
+        verb_of=verb_of,
+        cells=[[(int(row), texts[row]) for row in rows] for rows in rows_of],
+        options=checked,
+        frame=frame,
+        out=out,
+        labels=data.index if cite else None,
+        make_result=make_result,
+        description=JobDescription("summarize", arguments, described_frame, len(frame), llm, owner),
+    )
