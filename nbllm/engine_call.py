@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 from nbllm.engine.request_stream import Progress, RequestStream
 from nbllm.errors import InvalidRequestError, NbllmError
 from nbllm.inputs import EncodedPrompt
+from nbllm.interruptible import woken_often
 from nbllm.progress import ProgressBar, progress_bar
 from nbllm.request_source import request_source
 
@@ -143,13 +144,14 @@ class EngineCall(ABC, Generic[ParamsT, OutputT]):
 
     async def aresults(self) -> AsyncGenerator[tuple[int, OutputT], None]:
         """`results` for any event loop."""
-        for item in self.submit():
-            yield item
-        while self.is_waiting:
-            for item in self.absorb(await self.stream.take_async()):
-                yield item
+        with woken_often():
             for item in self.submit():
                 yield item
+            while self.is_waiting:
+                for item in self.absorb(await self.stream.take_async()):
+                    yield item
+                for item in self.submit():
+                    yield item
 
     def submit(self) -> Iterator[tuple[int, OutputT]]:
         """Keep the engine supplied; yields the rows that failed before they reached it."""

@@ -17,6 +17,7 @@ FILES = sorted(
 LEAVES = {
     "errors",
     "checks",
+    "interruptible",
     "sampling_params",
     "pooling_params",
     "outputs",

@@ -23,6 +23,7 @@ from nbllm.dataframe.job_card import JobCard
 from nbllm.dataframe.job_stats import JobStats
 from nbllm.dataframe.passes import Passes
 from nbllm.errors import Interrupted
+from nbllm.interruptible import result_of, woken_often
 
 
 class FrameJob:
@@ -42,7 +43,11 @@ class FrameJob:
         self._ended: float | None = None
         self._card = JobCard(passes, self._future, lambda: f"{self._state()}: {self.stats}")
         self._thread = threading.Thread(target=self._run, name="nbllm-frame-job", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt while the thread begins: nobody gets the handle
+            self.cancel()
+            raise
 
     @property
     def frame(self) -> Any:
@@ -83,7 +88,7 @@ class FrameJob:
             Interrupted: the job was cancelled; `.partial` is the frame so far.
         """
         try:
-            return self._future.result(timeout)
+            return result_of(self._future, timeout)
         finally:
             if self._future.done():
                 self._card.join()  # the cell ends with its last state
@@ -110,7 +115,8 @@ class FrameJob:
         future = asyncio.wrap_future(self._future)
         future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
-            return await asyncio.shield(future)
+            with woken_often():
+                return await asyncio.shield(future)
         except asyncio.CancelledError:
             self.cancel()
             raise

@@ -17,9 +17,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from nbllm.engine.request import Request
+from nbllm.interruptible import get
 
 Progress = tuple[Request, int]
 """A request, and how many generated tokens of it may be read."""
@@ -59,16 +60,24 @@ class _Waker:
                 asyncio.get_running_loop().call_soon(self._set_all)
 
 
-_wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
-_wakers_lock = threading.Lock()
+class _OfThread(threading.local):
+    """The loop that ran last in this thread, and its waker.
+
+    Not a WeakKeyDictionary: that calls Python code when a loop goes, and a KeyboardInterrupt that
+    is raised in there is lost.
+    """
+
+    loop: ref[asyncio.AbstractEventLoop] | None = None
+    waker = _Waker()
+
+
+_of_thread = _OfThread()
 
 
 def _waker_of(loop: asyncio.AbstractEventLoop) -> _Waker:
-    with _wakers_lock:
-        waker = _wakers.get(loop)
-        if waker is None:
-            waker = _wakers[loop] = _Waker()
-        return waker
+    if _of_thread.loop is None or _of_thread.loop() is not loop:
+        _of_thread.loop, _of_thread.waker = ref(loop), _Waker()
+    return _of_thread.waker
 
 
 class RequestStream:
@@ -96,10 +105,10 @@ class RequestStream:
     def take(self, timeout_s: float | None = None) -> list[Progress]:
         """Wait for changes and return them; empty after `timeout_s` seconds without one.
 
-        The wait frees the GIL and ends at once on KeyboardInterrupt.
+        The wait frees the GIL and ends soon on KeyboardInterrupt.
         """
         try:
-            self._wakings.get(timeout=timeout_s)
+            get(self._wakings, timeout_s)
         except queue.Empty:
             return []
         return self._take_now()

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from nbllm.interruptible import get
+
 T = TypeVar("T")
 
 _NAME = "nbllm-widgets"
@@ -51,7 +53,7 @@ def wait_for(register: Callable[[Callable[[], None]], None], timeout_s: float | 
     done: queue.SimpleQueue[None] = queue.SimpleQueue()
     in_background(register, lambda: done.put(None))
     try:
-        done.get(timeout=timeout_s)
+        get(done, timeout_s)
     except queue.Empty:
         return False
     return True

@@ -159,3 +159,39 @@ print(json.dumps([expected, server.base_url, server.api_key]))
         text = "".join(chunk.choices[0].text for chunk in [first, *stream] if chunk.choices)
     assert text == expected
     kernel.run("server.stop()")
+
+
+AWAITING = """
+import pandas as pd, threading
+frame = pd.DataFrame({'q': prompts})
+many = [greedy(900)] * 40
+
+def tell():
+    while llm.get_metrics()['num_requests_running'] == 0:
+        pass
+    print('begun', flush=True)
+
+threading.Thread(target=tell).start()"""
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "await llm.agenerate(prompts, many)",
+        "await frame.llm.submit('q', sampling_params=many[0])",
+    ],
+)
+def test_an_await_ends_when_it_is_interrupted(kernel: Kernel, wait: str) -> None:
+    counted = "print(llm.get_metrics()['generation_tokens'])"
+    before = kernel.result(counted)
+    begun = False
+
+    def listen(kind: str, content: Any) -> None:
+        nonlocal begun
+        if kind == "stream" and not begun:
+            begun = True
+            kernel.manager.interrupt_kernel()
+
+    error = kernel.run(f"{AWAITING}\n{wait}", listen)[1]
+    assert error == "CancelledError"
+    assert kernel.result(counted) - before < 40 * 900  # at once, not when all was done
