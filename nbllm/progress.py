@@ -50,7 +50,7 @@ def progress_bar(
         return _Silent()
     if callable(enabled):
         return _Tqdm(enabled(total=total, desc=label, unit=unit), unit)
-    if _in_notebook():
+    if in_notebook():
         return _Notebook(total, label, unit, gauge)
     if _is_terminal():
         from tqdm import tqdm
@@ -227,7 +227,7 @@ def _is_terminal() -> bool:
         return False
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """True inside an IPython kernel; IPython's terminal has no display to update."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None

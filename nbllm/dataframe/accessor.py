@@ -126,13 +126,13 @@ class DataFrameAccessor(
         self, column_or_template: Any, sampling_params: Params = None, **options: Any
     ) -> FrameJob:
         """`generate` beside the cell: returns at once with a handle; its arguments are the same."""
-        return self._call(column_or_template, sampling_params, **options).submit()
+        return self._call(column_or_template, sampling_params, **options).submit(has_card=True)
 
     async def agenerate(
         self, column_or_template: Any, sampling_params: Params = None, **options: Any
     ) -> Any:
         """`generate` for any event loop; cancelling the task stops the rows."""
-        return await self.submit(column_or_template, sampling_params, **options)
+        return await self._call(column_or_template, sampling_params, **options).submit()
 
     def chat(
         self,

@@ -34,7 +34,7 @@ class FrameCall(ABC):
             InvalidRequestError: it is neither True nor False; and as `run`.
         """
         check_choice("job", job, (True, False))
-        return self.submit() if job else self.run(stacklevel=stacklevel)
+        return self.submit(has_card=True) if job else self.run(stacklevel=stacklevel)
 
     def run(self, *, stacklevel: int = 2) -> Any:
         """Answer all rows and return the result.
@@ -71,9 +71,13 @@ class FrameCall(ABC):
                 raise
         return passes.result
 
-    def submit(self) -> FrameJob:
-        """The same beside the cell; what is wrong with the first pass is raised at once."""
-        passes = Passes(self.steps(), self.options)
+    def submit(self, *, has_card: bool = False) -> FrameJob:
+        """The same beside the cell; what is wrong with the first pass is raised at once.
+
+        Args:
+            has_card: the user gets the job, and may show it: see `Passes`.
+        """
+        passes = Passes(self.steps(), self.options, has_card=has_card)
         try:
             passes.begin()
             return FrameJob(passes)

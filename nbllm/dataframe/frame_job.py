@@ -41,7 +41,7 @@ class FrameJob:
         self._is_cancelled = False
         self._started = time.monotonic()
         self._ended: float | None = None
-        self._card = JobCard(passes, self._future, lambda: f"{self._state()}: {self.stats}")
+        self._card = JobCard(passes, self._future, self._line)
         self._thread = threading.Thread(target=self._run, name="nbllm-frame-job", daemon=True)
         try:
             self._thread.start()
@@ -122,6 +122,13 @@ class FrameJob:
             raise
         except Interrupted as error:  # in a task, a KeyboardInterrupt would stop its whole loop
             raise asyncio.CancelledError(str(error)) from error
+
+    def _line(self) -> str:
+        stats = self.stats
+        line = f"{self._state()}: {stats}"
+        if self.done() or stats.seconds_left is None:
+            return line
+        return f"{line}, {stats.seconds_left:,.1f} s left"
 
     def _state(self) -> str:
         if not self.done():

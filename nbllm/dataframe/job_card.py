@@ -68,7 +68,17 @@ class JobCard:
         )
         table = f"<table>{head}{body}</table>" if rows else ""
         text = "\n".join([line, *("  ".join(row) for row in rows)])
-        return {"text/plain": text, "text/html": f"<code>{html.escape(line)}</code>{table}"}
+        shown = f"{self._bar()}<code>{html.escape(line)}</code>{table}"
+        return {"text/plain": text, "text/html": shown}
+
+    def _bar(self) -> str:
+        """The share of the rows that have ended, until the job has."""
+        if self._future.done():
+            return ""
+        passes = self._passes.counted
+        num_rows = sum(len(rows.rows) for rows in passes)
+        share = sum(len(rows.settled) for rows in passes) / num_rows if num_rows else 1.0
+        return f'<progress value="{share:.3f}" max="1"></progress> '
 
     def _run(self) -> None:
         from IPython.display import update_display

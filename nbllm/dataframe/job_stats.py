@@ -71,6 +71,14 @@ class JobStats:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def seconds_left(self) -> float | None:
+        """Until it is done, if rows go on ending at this rate; None before the first and at the
+        end."""
+        if not 0 < self.num_done < self.num_rows:
+            return None
+        return self.seconds / self.num_done * (self.num_rows - self.num_done)
+
+    @property
     def prefix_hit_share(self) -> float | None:
         """Share of the prompts' tokens that were in the prefix cache; None without prompts."""
         if not self.num_prompt_tokens:

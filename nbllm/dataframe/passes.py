@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nbllm.dataframe.call_options import CallOptions
 from nbllm.dataframe.row_job import RowJob
-from nbllm.progress import ProgressBar, progress_bar
+from nbllm.progress import ProgressBar, in_notebook, progress_bar
 
 if TYPE_CHECKING:
     from nbllm.dataframe.row_call import RowCall
@@ -28,6 +28,7 @@ class Passes:
     Args:
         steps: of the call.
         options: of the call: its progress is one bar.
+        has_card: in a notebook the progress is that of the job's card, which a cell may show.
 
     Attributes:
         counted: the rows of the passes that have begun, but for those that are not counted.
@@ -35,9 +36,12 @@ class Passes:
         result: what the call returns, once there are no more passes.
     """
 
-    def __init__(self, steps: Steps, options: CallOptions) -> None:
+    def __init__(self, steps: Steps, options: CallOptions, *, has_card: bool = False) -> None:
         self._steps = steps
-        self._options = options
+        self._label = options.label
+        self._use_tqdm = options.use_tqdm
+        if has_card and options.use_tqdm is True and in_notebook():
+            self._use_tqdm = False
         self.counted: list[RowJob] = []
         self.rows: RowJob | None = None
         self.result: Any = None
@@ -111,8 +115,8 @@ class Passes:
         llm = self._call.verb.llm
         self._shown = progress_bar(
             num_rows,
-            self._options.label,
-            enabled=self._options.use_tqdm,
+            self._label,
+            enabled=self._use_tqdm,
             unit="row",
             gauge=lambda: llm.kv_cache_usage,
         )

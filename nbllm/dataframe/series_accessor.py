@@ -61,13 +61,13 @@ class SeriesAccessor(ClassifySeriesVerbs, EmbedSeriesVerbs, ExtractSeriesVerbs):
         self, template: Any = None, sampling_params: Params = None, **options: Any
     ) -> FrameJob:
         """`generate` beside the cell: returns at once with a handle; its arguments are the same."""
-        return self._call(template, sampling_params, **options).submit()
+        return self._call(template, sampling_params, **options).submit(has_card=True)
 
     async def agenerate(
         self, template: Any = None, sampling_params: Params = None, **options: Any
     ) -> pd.Series[Any]:
         """`generate` for any event loop; cancelling the task stops the rows."""
-        answers: pd.Series[Any] = await self.submit(template, sampling_params, **options)
+        answers: pd.Series[Any] = await self._call(template, sampling_params, **options).submit()
         return answers
 
     def _call(

@@ -25,10 +25,11 @@ CELLS = [
     questions = [f"What is {i} + 1?" for i in range(8)] + ["word " * 4000]
     frame = pd.DataFrame({"q": questions})
     params = SamplingParams(temperature=0, max_tokens=4)
-    job = frame.llm.submit("q", params, use_tqdm=False)
+    job = frame.llm.submit("q", params)
     job""",
     "result = job.result()",
     "job",
+    "awaited = await frame.head(2).llm.agenerate('q', params, llm=llm)",
     "llm.close()",
 ]
 
@@ -48,11 +49,17 @@ def test_every_cell_that_shows_a_job_is_saved_with_its_summary(outputs: list[lis
         assert "prefix hits" in line and "first token p50" in line
         assert first.startswith("8  failed  ") and len(others) == 4
         assert all("  done  " in other for other in others)
-        assert "<table>" in shown.data["text/html"] and "style" not in shown.data["text/html"]
+        page = shown.data["text/html"]
+        assert "<table>" in page and "<progress" not in page and "style" not in page
 
 
 def test_nothing_is_printed_into_the_cells(outputs: list[list[Any]]) -> None:
-    assert outputs[1] == outputs[3] == []
+    assert outputs[1] == outputs[4] == []
+
+
+def test_a_call_that_is_awaited_shows_its_progress(outputs: list[list[Any]]) -> None:
+    (shown,) = outputs[3]
+    assert shown.data["text/plain"].startswith("Generating: 2/2 rows, ")
 
 
 def test_a_job_counts_what_it_did(llm: LLM) -> None:
