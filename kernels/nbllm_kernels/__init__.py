@@ -11,7 +11,7 @@ from nbllm_kernels.attention_metadata import (
     SharedPrefix,
     rows_per_prefix_tile,
 )
-from nbllm_kernels.cpu_threads import release_threads
+from nbllm_kernels.cpu_threads import one_thread, release_threads
 from nbllm_kernels.decode_state import (
     BAD_LOGITS,
     NUM_COLUMNS,
@@ -64,6 +64,7 @@ __all__ = [
     "lm_head_sample",
     "norm_gated_linear",
     "norm_linear",
+    "one_thread",
     "pack_weight",
     "paged_attention",
     "release_threads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from nbllm.engine.sampler import SamplingKind, draw, restrict
 from nbllm.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from nbllm.models.causal_lm import CausalLM
 from nbllm.outputs import PositionLogprobs
+from nbllm_kernels import one_thread
 
 _MAX_LAUNCH_S = 0.02
 _REHEARSED_TOKENS = (32, 128)  # few tokens and many take different kernels
@@ -33,6 +34,10 @@ _REHEARSED_KINDS = [
     SamplingKind(any_filter=True),
     SamplingKind(all_greedy=True),
 ]
+# Multiplications of a product for which a second thread is no help; to read a weight takes as long
+# as to multiply some rows by it.
+_ONE_THREAD_WORK = 6_000_000
+_ROWS_OF_A_READ = 8
 _PROMPT_LOGPROBS_ROWS = 256  # rows of logits at a time: the vocabulary may be large
 
 
@@ -66,6 +71,8 @@ class ModelRunner(Runner[CausalLM]):
         self.prompt_graphs = PromptGraphs(
             model, self.batch, self.kv_caches, self.graphs, model_config
         )
+        weight_size = model_config.hidden_size * model_config.intermediate_size
+        self._one_thread_rows = 0 if on_gpu else _ONE_THREAD_WORK // weight_size
         self.max_steps = RING if captures else 1
         self.max_launch_s = _MAX_LAUNCH_S if captures else None
         self._rehearsing = threading.Lock()
@@ -78,7 +85,7 @@ class ModelRunner(Runner[CausalLM]):
         Several steps may be pending; they run in their order.
         """
         launched = time.monotonic()
-        with self._on_stream():
+        with self._on_stream(), self._on_threads(output.num_tokens):
             self.batch.update([item.request for item in output.scheduled])
             result, pooled = StepOutput(), None
             if output.only_decodes and self._decodes_on_device(output):
@@ -154,6 +161,11 @@ class ModelRunner(Runner[CausalLM]):
             in_features = self.model.lm_head.matrix.shape[1]
             for num_rows in (1, MIN_SEQS):
                 self.model.compute_logits(logits.new_zeros(num_rows, in_features))
+
+    def _on_threads(self, num_rows: int) -> AbstractContextManager[None]:
+        """As many threads as a step of so many tokens has work for."""
+        is_small = max(num_rows, _ROWS_OF_A_READ) <= self._one_thread_rows
+        return one_thread() if is_small else nullcontext()
 
     def _decodes_on_device(self, output: SchedulerOutput) -> bool:
         """True if the host need not put tensors together for the forward pass.

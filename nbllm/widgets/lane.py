@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -17,6 +18,9 @@ from nbllm.widgets.branch_tree import ROOT, BranchTree, Token
 from nbllm.widgets.token_reader import TokenReader
 
 Override = SamplingParams | Mapping[str, Any] | None
+
+_AT_ONCE_S = 0.2  # tokens of so long a time are read as they come
+_PAUSES = ((1.0, 0.05), (float("inf"), 0.1))  # until so long after the first: seconds between reads
 
 
 @dataclass(slots=True)
@@ -172,6 +176,24 @@ class Lane:
             async for output in outputs:
                 if self._take(job, output):
                     on_tokens()
+                if not output.finished:
+                    await asyncio.sleep(self._pause_s(job))
+
+    def _pause_s(self, job: Job) -> float:
+        """How long not to look for more tokens, each look being taken from the engine's time.
+
+        Not longer than to the last one, as far as that is known.
+        """
+        elapsed = time.perf_counter() - self._first
+        if elapsed < _AT_ONCE_S:
+            return 0.0
+        pause = next(pause for end, pause in _PAUSES if elapsed < end)
+        assert self.result is not None
+        rate, limit = self.stats.get("tokens_per_s", 0.0), job.params.max_tokens
+        if limit is None or not rate:
+            return pause
+        num_left = limit - len(self.result.outputs[0].token_ids)
+        return min(pause, max(num_left - 2, 0) / rate)
 
     def finish(self, status: str, error: Exception | None = None) -> None:
         """Say how the job ended."""

@@ -17,6 +17,7 @@ from nbllm.widgets.token_diff import first_difference, first_different_token, lo
 
 _MIN_INTERVAL_S = 0.05  # between two messages, but for the first tokens of a lane
 _LIVE_INTERVAL_S = 0.03  # between two starts that a slider asks for
+_HOLD_S = 0.05  # for which a slider's start may be told together with its first tokens
 _BRANCHES_SHOWN = 100
 
 
@@ -47,6 +48,9 @@ class LaneRunner:
         self._silent: set[int] = set()  # lanes whose first token is still to come
         self._num_sent = [0] * len(self.lanes)
         self._flush_timer: asyncio.TimerHandle | None = None
+        self._last_flush = 0.0
+        # A state that is not yet told, and when it will be at the latest.
+        self._held: tuple[dict[str, Any], asyncio.TimerHandle] | None = None
         self._pending: Mapping[int, Job] | None = None  # live jobs that wait for their turn
         self._last_live = 0.0
         self._waiting: list[Callable[[], None]] = []
@@ -56,15 +60,21 @@ class LaneRunner:
         """True while a lane generates, or is about to."""
         return bool(self._tasks) or self._pending is not None
 
-    def start(self, jobs: Mapping[int, Job]) -> None:
-        """Run a job in each of some lanes; what ran in them ends."""
+    def start(self, jobs: Mapping[int, Job], *, hold: bool = False) -> None:
+        """Run a job in each of some lanes; what ran in them ends.
+
+        Args:
+            jobs: by index of the lane.
+            hold: tell of it with the first tokens, if they come soon: views draw once, not twice,
+                and don't take the cores meanwhile on which the tokens are computed.
+        """
         self._pending = None
         self._cancel(jobs)
         for index, job in jobs.items():
             self.lanes[index].begin(job)
             self._silent.add(index)
             self._tasks[index] = background_loop().create_task(self._run(index, job))
-        self.publish(anew=True)
+        self.publish(anew=True, hold=hold)
 
     def start_live(self, jobs: Mapping[int, Job]) -> None:
         """The same, for a slider that moves on and on: only the last of many jobs is run."""
@@ -73,7 +83,7 @@ class LaneRunner:
             due = self._last_live + _LIVE_INTERVAL_S
             if loop.time() >= due:
                 self._last_live = loop.time()
-                self.start(jobs)
+                self.start(jobs, hold=True)
                 return
             loop.call_at(due, self._start_pending)
         self._pending = jobs
@@ -99,12 +109,14 @@ class LaneRunner:
         """Wait in any other thread until nothing runs; False after `timeout_s` seconds."""
         return wait_for(self._tell_end, timeout_s)
 
-    def publish(self, *, anew: bool = False) -> None:
+    def publish(self, *, anew: bool = False, hold: bool = False) -> None:
         """Tell the state.
 
         Args:
             anew: the tokens are not only those of the messages so far.
+            hold: not before the next message, or after `_HOLD_S` seconds.
         """
+        self._tell_held()
         if not anew:
             self._flush()
         self._seq += 1
@@ -126,7 +138,16 @@ class LaneRunner:
                 }
             )
         state = {"seq": self._seq, "anew": anew, "running": self.is_running, "lanes": lanes}
-        self._publish(state)
+        if hold:
+            self._held = state, background_loop().call_later(_HOLD_S, self._tell_held)
+        else:
+            self._publish(state)
+
+    def _tell_held(self) -> None:
+        if self._held is not None:
+            (state, timer), self._held = self._held, None
+            timer.cancel()
+            self._publish(state)
 
     async def _run(self, index: int, job: Job) -> None:
         lane = self.lanes[index]
@@ -154,7 +175,7 @@ class LaneRunner:
     def _start_pending(self) -> None:
         if self._pending is not None:
             self._last_live = background_loop().time()
-            self.start(self._pending)
+            self.start(self._pending, hold=True)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
@@ -174,12 +195,14 @@ class LaneRunner:
             self._silent.discard(index)
             self._flush()
         elif self._flush_timer is None:
-            self._flush_timer = background_loop().call_later(_MIN_INTERVAL_S, self._flush)
+            due = max(self._last_flush + _MIN_INTERVAL_S, background_loop().time())
+            self._flush_timer = background_loop().call_at(due, self._flush)
 
     def _flush(self) -> None:
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
+        self._last_flush = background_loop().time()
         news = []
         for index, diverges in enumerate(self._divergences()):
             lane, start = self.lanes[index], self._num_sent[index]
@@ -196,6 +219,7 @@ class LaneRunner:
                 )
                 self._num_sent[index] = len(lane.tokens)
         if news:
+            self._tell_held()
             self._seq += 1
             self._send({"type": "tokens", "seq": self._seq, "lanes": news})
 

@@ -43,7 +43,7 @@ function laneView(lane, colors, send) {
   function showParting(diverges) {
     view.part(diverges?.index ?? Infinity);
     gap.textContent = diverges ? `differs from token ${diverges.index + 1}` : "";
-    if (typeof diverges?.gap === "number") gap.append(` (gap ${diverges.gap.toFixed(2)})`);
+    if (diverges?.gap != null) gap.append(` (gap ${diverges.gap.toFixed(2)})`);
   }
 
   function branch([node, , depth, text, isCurrent]) {

@@ -47,31 +47,31 @@ function tokenView(colors, onBranch) {
   const indexOf = (target) => spans.indexOf(target.closest(".nbllm-token"));
 
   function append(/** @type {Token[]} */ added) {
+    const line = make("p"); // one text that grows would be laid out as a whole, again and again
     for (const token of added) {
       const [text, logprob, , special] = token;
-      const span = make("span", "token", { role: "button" }, visible(text));
-      span.tabIndex = tokens.length === current ? 0 : -1;
-      span.classList.toggle("nbllm-special", special);
-      span.classList.toggle("nbllm-written", logprob === null);
+      const at = tokens.push(token) - 1;
+      const classes = `token ${special ? "special " : ""}${logprob === null ? "written" : ""}`;
+      const span = make("span", classes, { role: "button" }, visible(text));
+      mark(span, at);
+      span.tabIndex = at === current ? 0 : -1;
       if (logprob !== null) {
         const [, background, color] = colors.find(([least]) => Math.exp(logprob) >= least);
         Object.assign(span.style, { background, color });
         span.dataset.p = percent(logprob);
         span.ariaLabel = `${visible(text)}, ${span.dataset.p}`;
       }
-      list.append(span, text.endsWith("\n") ? "\n" : "");
-      tokens.push(token);
+      list.append(span, /\n$/.test(text) ? "\n" : "");
       spans.push(span);
-      if (!special) spoken.append(text);
+      if (!special) line.append(text);
     }
-    part(parting);
+    spoken.append(line);
   }
 
   function cut(length) {
     if (length >= tokens.length) return;
     if (shown >= length) hide();
-    while (list.lastChild !== spans[length]) list.lastChild.remove();
-    spans[length].remove();
+    while (spans[length].parentNode) list.lastChild.remove();
     tokens.length = spans.length = length;
     spoken.textContent = "";
     current = Math.max(Math.min(current, length - 1), 0);
@@ -79,11 +79,14 @@ function tokenView(colors, onBranch) {
   }
 
   function part(index) {
+    if (index === parting) return;
     parting = index;
-    spans.forEach((span, at) => {
-      span.classList.toggle("nbllm-parted", at >= index);
-      span.classList.toggle("nbllm-parting", at === index);
-    });
+    spans.forEach(mark);
+  }
+
+  function mark({ classList }, at) {
+    classList.toggle("nbllm-parted", at >= parting);
+    classList.toggle("nbllm-parting", at === parting);
   }
 
   function show(index) {

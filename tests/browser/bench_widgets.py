@@ -2,16 +2,25 @@
 
     python tests/browser/bench_widgets.py
 
-In a real JupyterLab, with the bundled model. The first figure runs from the slider's DOM event to
-the frame after that in which the first token of the new text stands; `engine` of it is the wait for
-that token as Python sees it, and the rest is the widget's, JupyterLab's and the browser's. The
-second is the speed of a text with three open views over that of the same text with none, by turns.
-The browser runs on the same cores as the engine.
+In a real JupyterLab, with the bundled model; the browser runs on the same cores as the engine.
+
+`slider_to_paint_ms` runs from the slider's DOM event to the end of the frame in which the first
+token of the new text stands. `engine_ms` of it is the wait for that token as Python sees it; the
+rest is the widget's, JupyterLab's and the browser's. `floor_ms` is the same way for a widget that
+does nothing but answer, `own_ms` what the rest is longer than that: the playground's own share.
+
+The others are of one text, by turns read by a cell with `LLM.stream` ("alone"), by a playground
+without a view ("unseen"; its messages reach the browser, too) and by one with three views
+("shown"). `shown_over_alone` and `shown_over_unseen` are ratios of tokens/s: what the views take
+from an engine that shares its cores with their browser. `cpu_ms` is the CPU time of each process
+for the text, which a busy machine changes less; `kernel_share` is what the kernel's is longer than
+"alone": the cost where the browser runs on another machine, as it does with a remote kernel.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -31,26 +40,71 @@ params = SamplingParams(temperature=0.5, max_tokens=24, seed=1, ignore_eos=True)
 playground = Playground(llm, "Once upon a time", params=params, live=True)
 playground.run().wait(60)
 playground"""
+ECHO = """\
+import anywidget, traitlets
+class Echo(anywidget.AnyWidget):
+    _esm = '''
+        export default { render({ model, el }) {
+          const input = document.createElement("input"), answers = document.createElement("div");
+          input.type = "range"; input.name = "echo"; input.step = 0.01; input.max = 2;
+          answers.className = "echo-answers";
+          input.oninput = () => { model.set("value", input.value); model.save_changes(); };
+          model.on("msg:custom", (text) => answers.append(document.createElement("p"), text));
+          el.append(input, answers);
+        } };'''
+    value = traitlets.Unicode().tag(sync=True)
+echo = Echo()
+echo.observe(lambda change: echo.send(change["new"]), "value")
+echo"""
 VIEWS = """\
+from nbllm.sampling_params import RequestOutputKind
 long = params.clone(max_tokens=400)
+streamed = long.clone(logprobs=5, output_kind=RequestOutputKind.DELTA)
 shown = Playground(llm, "Once upon a time", params=long)
 unseen = Playground(llm, "Once upon a time", params=long)
 shown"""
 TURNS = f"""\
-import json, time
-rates = {{"shown": [], "unseen": []}}
+import json, os, pathlib, time
+def cpu_ms():
+    parents, used, names = {{}}, {{}}, {{}}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = path.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:
+            continue  # it has ended
+        fields, pid = rest.split(), int(path.parent.name)
+        parents[pid], names[pid] = int(fields[1]), name
+        used[pid] = 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    total = {{"kernel": used[os.getpid()], "server": used[os.getppid()], "browser": 0.0}}
+    for pid in used:
+        above = pid
+        while above not in (0, {os.getpid()}):
+            above = parents.get(above, 0)
+        if above and names[pid].startswith("chrom"):
+            total["browser"] += used[pid]
+    return total
+ways = {{
+    "alone": lambda: [None for _ in llm.stream("Once upon a time", streamed)],
+    "unseen": lambda: unseen.run().wait(120),
+    "shown": lambda: shown.run().wait(120),
+}}
+rates, cpu = {{name: [] for name in ways}}, {{name: [] for name in ways}}
 for turn in range({NUM_TURNS} + 1):
-    for name, one in (("unseen", unseen), ("shown", shown)):
-        start = time.perf_counter()
-        one.run().wait(120)
+    for name, way in ways.items():
+        before, start = cpu_ms(), time.perf_counter()
+        way()
+        seconds = time.perf_counter() - start
+        time.sleep(0.3)  # for the last frames
+        after = cpu_ms()
         if turn:  # not the first, which warms up
-            rates[name].append(400 / (time.perf_counter() - start))
+            rates[name].append(400 / seconds)
+            cpu[name].append({{process: after[process] - before[process] for process in after}})
     assert shown.text == unseen.text
-print(json.dumps(rates))"""
+print(json.dumps({{"rates": rates, "cpu": cpu}}))"""
 # Resolves once a frame with the first token of the new text was drawn.
-MOVE = """(value) => new Promise((resolve) => {
-  const slider = document.querySelector(".nbllm-sliders input[name=temperature]");
-  const tokens = document.querySelector(".nbllm-tokens");
+MOVE = """([value, input, output]) => new Promise((resolve) => {
+  const slider = document.querySelector(input);
+  const tokens = document.querySelector(output);
   let start;
   const observer = new MutationObserver((changes) => {
     const isNew = changes.some((change) => [...change.addedNodes].length > 0);
@@ -67,6 +121,8 @@ MOVE = """(value) => new Promise((resolve) => {
   start = performance.now();
   slider.dispatchEvent(new Event("input", { bubbles: true }));
 })"""
+PLAYGROUND = [".nbllm-sliders input[name=temperature]", ".nbllm-tokens"]
+ANSWER = ["input[name=echo]", ".echo-answers"]
 IDLE = (
     "() => [...document.querySelectorAll('button')].some(b => b.innerText === 'Stop' && b.disabled)"
 )
@@ -83,11 +139,14 @@ def write(folder: Path, name: str, *cells: str) -> str:
 
 def measure_slider(lab: Lab) -> dict[str, Any]:
     """Milliseconds from a slider's event to a painted token."""
-    whole, engine = [], []
+    whole, engine, floor = [], [], []
     for move in range(NUM_MOVES):
+        value = f"{0.3 + 0.05 * (move % 20):.2f}"
         lab.page.wait_for_function(IDLE)
         lab.page.wait_for_timeout(100)
-        whole.append(lab.page.evaluate(MOVE, f"{0.3 + 0.05 * (move % 20):.2f}"))
+        floor.append(lab.page.evaluate(MOVE, [value, *ANSWER]))
+        lab.page.wait_for_timeout(100)
+        whole.append(lab.page.evaluate(MOVE, [value, *PLAYGROUND]))
         lab.page.wait_for_function(IDLE)
         stats = lab.page.locator(".nbllm-stats").first.inner_text()
         found = re.search(r"first token (\d+) ms", stats)
@@ -100,19 +159,30 @@ def measure_slider(lab: Lab) -> dict[str, Any]:
             "p90": statistics.quantiles(whole, n=10)[-1],
         },
         "engine_ms": {"p50": statistics.median(engine)},
-        "rest_ms": {"p50": statistics.median(rest)},
+        "floor_ms": {"p50": statistics.median(floor)},
+        "own_ms": {"p50": statistics.median(rest) - statistics.median(floor)},
     }
 
 
 def measure_views(lab: Lab) -> dict[str, Any]:
-    """Tokens/s of a text that three views show, and of one that none does."""
-    printed = lab.page.locator(".jp-OutputArea-output", has_text='{"shown"').last.inner_text()
-    rates = json.loads(printed)
+    """Tokens/s and CPU milliseconds of a text, by who reads it."""
+    printed = lab.page.locator(".jp-OutputArea-output", has_text='{"rates"').last.inner_text()
+    found = json.loads(printed)
+    rates, cpu = found["rates"], found["cpu"]
+    cpu_ms = {
+        name: {process: statistics.median(t[process] for t in turns) for process in turns[0]}
+        for name, turns in cpu.items()
+    }
+
+    def ratio(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates["shown"], rates[name], strict=True))
+
     return {
         "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
-        "shown_over_unseen": statistics.median(
-            a / b for a, b in zip(rates["shown"], rates["unseen"], strict=True)
-        ),
+        "shown_over_alone": ratio("alone"),
+        "shown_over_unseen": ratio("unseen"),
+        "cpu_ms": cpu_ms,
+        "kernel_share": cpu_ms["shown"]["kernel"] / cpu_ms["alone"]["kernel"] - 1,
     }
 
 
@@ -123,7 +193,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         with jupyter_lab(Path(folder), "JupyterLab Light") as url:
             lab = Lab(browser.new_page(viewport={"width": 1280, "height": 900}), url)
-            lab.open(write(notebooks, "slider.ipynb", SETUP))
+            lab.open(write(notebooks, "slider.ipynb", SETUP, ECHO))
             lab.run_all()
             result = measure_slider(lab)
             lab.open(write(notebooks, "views.ipynb", SETUP, VIEWS, "shown", "shown", TURNS))

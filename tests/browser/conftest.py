@@ -24,20 +24,21 @@ NO_NEWS = {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": T
 
 
 class Lab:
-    """A notebook that is open in JupyterLab.
+    """A notebook that is open in JupyterLab, or in what is built of its parts.
 
     Args:
         page: of the browser.
         url: of the server.
+        path: where it shows notebooks.
     """
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page: Any, url: str, path: str = "lab/tree") -> None:
         self.page = page
-        self._url = url
+        self._url = f"{url}{path}/"
 
     def open(self, name: str) -> None:
         """Show a notebook of the server's folder, and wait for its kernel."""
-        self.page.goto(f"{self._url}lab/tree/{quote(name)}?token={TOKEN}&reset")
+        self.page.goto(f"{self._url}{quote(name)}?token={TOKEN}&reset")
         self.page.wait_for_function(
             "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status"
             " === 'idle'",
@@ -55,6 +56,16 @@ class Lab:
     def run_all(self) -> None:
         """Run all cells, to the end of the last."""
         self.command("notebook:run-all-cells")
+
+    def wait_for_idle(self) -> None:
+        """Wait until no cell runs or is queued.
+
+        A kernel that shows an error still refuses, for a moment, whatever it is asked to run.
+        """
+        self.page.wait_for_function(
+            "() => ![...document.querySelectorAll('.jp-InputPrompt')]"
+            ".some((prompt) => prompt.innerText.includes('[*]'))"
+        )
 
     def go_to_last_cell(self) -> None:
         """Make the last cell the current one."""
@@ -98,8 +109,14 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def jupyter_lab(folder: Path, theme: str) -> Iterator[str]:
-    """The URL of a server for the notebooks of `folder / "notebooks"`."""
+def jupyter_lab(folder: Path, theme: str, application: str = "jupyterlab") -> Iterator[str]:
+    """The URL of a server for the notebooks of `folder / "notebooks"`.
+
+    Args:
+        folder: has all its files.
+        theme: of the pages.
+        application: the module that is run.
+    """
     from jupyter_server.serverapp import list_running_servers
 
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
@@ -113,9 +130,11 @@ def jupyter_lab(folder: Path, theme: str) -> Iterator[str]:
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", application, "--no-browser", "--allow-root"]
     command += ["--ServerApp.port=0", f"--ServerApp.root_dir={folder / 'notebooks'}"]
-    command += [f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True"]
+    command += [f"--IdentityProvider.token={TOKEN}"]
+    for page in ("LabApp", "JupyterNotebookApp"):
+        command += [f"--{page}.expose_app_in_browser=True"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

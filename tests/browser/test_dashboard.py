@@ -39,6 +39,7 @@ def test_a_dashboard_follows_a_cell_that_runs(lab: Any, write: Write) -> None:
     lab.screenshot("dashboard")
     lab.command("notebook:interrupt-kernel")
     lab.output("Interrupted").wait_for()
+    lab.wait_for_idle()
     view.get_by_text("No requests").wait_for()
     lab.go_to_last_cell()
     lab.command("notebook:run-cell")

@@ -94,7 +94,6 @@ def test_stop_works_while_a_cell_runs(lab: Any, write: Write) -> None:
     assert lab.page.locator(".nbllm-stats", has_text="stopped").count() == 1
 
 
-@pytest.mark.slow
 def test_an_interrupt_ends_the_call_of_a_cell_and_keeps_the_engine(lab: Any, write: Write) -> None:
     long = "params = SamplingParams(max_tokens=900, ignore_eos=True)\n"
     long += "outputs = llm.generate(['Once'] * 64, params)"
@@ -104,6 +103,7 @@ def test_an_interrupt_ends_the_call_of_a_cell_and_keeps_the_engine(lab: Any, wri
     lab.output("Generating").wait_for()
     lab.command("notebook:interrupt-kernel")
     lab.output("Interrupted").wait_for()
+    lab.wait_for_idle()
     lab.go_to_last_cell()
     lab.command("notebook:run-cell")
     lab.output("0 left").wait_for()

@@ -1,14 +1,16 @@
-"""release_threads: a thread's pool ends, and comes back when it is needed."""
+"""A thread's pool ends, and comes back when it is needed; small work has one thread."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from nbllm_kernels import cpu_threads
+from nbllm_kernels import cpu_threads, one_thread
 
 CODE = """
 import os, threading, time
@@ -56,3 +58,16 @@ def test_the_pool_of_the_calling_thread_ends() -> None:
     command = [sys.executable, "-c", CODE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(cpu_threads._set_num_threads is None, reason="no OpenMP")
+def test_one_thread_is_for_the_calling_thread_and_ends() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor() as other:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            assert other.submit(torch.get_num_threads).result() == before
+        assert torch.get_num_threads() == before
+        with pytest.raises(ZeroDivisionError), one_thread():
+            _ = 1 / 0
+    assert torch.get_num_threads() == before
