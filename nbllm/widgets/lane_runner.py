@@ -17,7 +17,7 @@ from nbllm.widgets.token_diff import first_difference, first_different_token, lo
 
 _MIN_INTERVAL_S = 0.05  # between two messages, but for the first tokens of a lane
 _LIVE_INTERVAL_S = 0.03  # between two starts that a slider asks for
-_HOLD_S = 0.05  # for which a slider's start may be told together with its first tokens
+_HOLD_S = 0.05  # after a slider's start, in which its first tokens may come before the state
 _BRANCHES_SHOWN = 100
 
 
@@ -49,8 +49,7 @@ class LaneRunner:
         self._num_sent = [0] * len(self.lanes)
         self._flush_timer: asyncio.TimerHandle | None = None
         self._last_flush = 0.0
-        # A state that is not yet told, and when it will be at the latest.
-        self._held: tuple[dict[str, Any], asyncio.TimerHandle] | None = None
+        self._held: asyncio.TimerHandle | None = None  # tells of a start that is not yet told
         self._pending: Mapping[int, Job] | None = None  # live jobs that wait for their turn
         self._last_live = 0.0
         self._waiting: list[Callable[[], None]] = []
@@ -65,16 +64,20 @@ class LaneRunner:
 
         Args:
             jobs: by index of the lane.
-            hold: tell of it with the first tokens, if they come soon: views draw once, not twice,
-                and don't take the cores meanwhile on which the tokens are computed.
+            hold: publish the state later, the first tokens before it if they come soon: they take
+                the place of those that are shown, and the state takes long to get to a view.
         """
         self._pending = None
         self._cancel(jobs)
         for index, job in jobs.items():
             self.lanes[index].begin(job)
             self._silent.add(index)
+            self._num_sent[index] = 0
             self._tasks[index] = background_loop().create_task(self._run(index, job))
-        self.publish(anew=True, hold=hold)
+        if hold and self._held is None:
+            self._held = background_loop().call_later(_HOLD_S, self._tell_held)
+        elif not hold:
+            self.publish(anew=True)
 
     def start_live(self, jobs: Mapping[int, Job]) -> None:
         """The same, for a slider that moves on and on: only the last of many jobs is run."""
@@ -109,14 +112,15 @@ class LaneRunner:
         """Wait in any other thread until nothing runs; False after `timeout_s` seconds."""
         return wait_for(self._tell_end, timeout_s)
 
-    def publish(self, *, anew: bool = False, hold: bool = False) -> None:
+    def publish(self, *, anew: bool = False) -> None:
         """Tell the state.
 
         Args:
             anew: the tokens are not only those of the messages so far.
-            hold: not before the next message, or after `_HOLD_S` seconds.
         """
-        self._tell_held()
+        if self._held is not None:
+            self._held.cancel()
+            self._held, anew = None, True
         if not anew:
             self._flush()
         self._seq += 1
@@ -138,16 +142,10 @@ class LaneRunner:
                 }
             )
         state = {"seq": self._seq, "anew": anew, "running": self.is_running, "lanes": lanes}
-        if hold:
-            self._held = state, background_loop().call_later(_HOLD_S, self._tell_held)
-        else:
-            self._publish(state)
+        self._publish(state)
 
     def _tell_held(self) -> None:
-        if self._held is not None:
-            (state, timer), self._held = self._held, None
-            timer.cancel()
-            self._publish(state)
+        self.publish(anew=True)
 
     async def _run(self, index: int, job: Job) -> None:
         lane = self.lanes[index]
@@ -219,7 +217,6 @@ class LaneRunner:
                 )
                 self._num_sent[index] = len(lane.tokens)
         if news:
-            self._tell_held()
             self._seq += 1
             self._send({"type": "tokens", "seq": self._seq, "lanes": news})
 

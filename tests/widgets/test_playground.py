@@ -125,16 +125,17 @@ def test_live_sliders_cancel_what_they_asked_for_before(llm: LLM) -> None:
     assert llm.get_metrics()["num_requests_running"] == 0
 
 
-def test_a_moved_slider_is_told_once_and_before_its_first_tokens(llm: LLM) -> None:
+def test_first_tokens_after_a_moved_slider_come_before_the_state(llm: LLM) -> None:
     playground = Playground(llm, STORY, params=WARM, live=True)
     playground.run().wait(20)
     messages = record(playground)
     playground.values = {**playground.values, "temperature": 0.4}
     until(lambda: messages and messages[-1]["type"] == "state" and not messages[-1]["running"])
-    begin, *_, end = messages
-    assert begin["type"] == "state" and begin["anew"] and begin["running"]
-    assert begin["lanes"][0]["tokens"] == [] and messages[1]["type"] == "tokens"
-    assert [message["type"] for message in messages].count("state") == 2
+    first, *_, end = messages
+    assert first["type"] == "tokens" and first["lanes"][0]["start"] == 0
+    assert (
+        first["lanes"][0]["tokens"] == end["lanes"][0]["tokens"][: len(first["lanes"][0]["tokens"])]
+    )
     seqs = [message["seq"] for message in messages]
     assert seqs == list(range(seqs[0], end["seq"] + 1))
 
