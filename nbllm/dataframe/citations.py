@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.generate_verb import Generate
+from nbllm.dataframe.generate_verb import Generate, cut_error
 from nbllm.dataframe.journal import RowResult
 from nbllm.dataframe.packing import Piece
 from nbllm.errors import InvalidRequestError, RequestFailedError
@@ -31,11 +31,7 @@ class Cite(Generate):
     def result(self, outputs: list[RequestOutput], row: int) -> RowResult | Exception:
         completion = outputs[0].outputs[0]
         if completion.finish_reason != "stop":
-            return RequestFailedError(
-                f"the JSON of the claims was cut by {completion.finish_reason} after "
-                f"{len(completion.token_ids)} tokens: raise max_tokens",
-                parameter="max_tokens",
-            )
+            return cut_error(completion)
         try:
             json.loads(completion.text)
         except ValueError as error:  # by a stop string, say

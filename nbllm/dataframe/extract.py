@@ -18,7 +18,7 @@ import pandas as pd
 from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_column
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
-from nbllm.dataframe.generate_verb import Generate, Params, row_params, with_logprobs
+from nbllm.dataframe.generate_verb import Generate, Params, cut_error, row_params, with_logprobs
 from nbllm.dataframe.journal import RowResult
 from nbllm.dataframe.prompts import FORMATS
 from nbllm.dataframe.row_call import RowCall
@@ -63,11 +63,7 @@ class Extract(Generate):
     def result(self, outputs: list[RequestOutput], row: int) -> RowResult | Exception:
         completion = outputs[0].outputs[0]
         if completion.finish_reason != "stop":
-            return RequestFailedError(
-                f"the JSON was cut by {completion.finish_reason} after "
-                f"{len(completion.token_ids)} tokens: raise max_tokens or max_model_len",
-                parameter="max_tokens",
-            )
+            return cut_error(completion)
         try:
             parse(completion.text, self._fields)
             if self._check is not None:

@@ -61,18 +61,18 @@ class FrameJob:
     @property
     def num_done(self) -> int:
         """Rows that have ended, well or not."""
-        return sum(len(rows.settled) for rows in self._passes.counted)
+        return self._passes.num_done
 
     @property
     def num_rows(self) -> int:
         """Rows that are answered when it is done, as far as it is known."""
-        return sum(len(rows.rows) for rows in self._passes.counted)
+        return self._passes.num_rows
 
     @property
     def stats(self) -> JobStats:
         """Rows, tokens and their rates, as of now or of the end."""
         ended = time.monotonic() if self._ended is None else self._ended
-        return JobStats.of(self._passes.counted, ended - self._started)
+        return JobStats.of(self._passes, ended - self._started)
 
     def done(self) -> bool:
         """True once `result` does not wait any more."""
@@ -126,9 +126,10 @@ class FrameJob:
     def _line(self) -> str:
         stats = self.stats
         line = f"{self._state()}: {stats}"
-        if self.done() or stats.seconds_left is None:
+        if self.done():
             return line
-        return f"{line}, {stats.seconds_left:,.1f} s left"
+        line += f", KV cache {self._passes.kv_cache_usage:.0%}"
+        return line if stats.seconds_left is None else f"{line}, {stats.seconds_left:,.1f} s left"
 
     def _state(self) -> str:
         if not self.done():

@@ -12,7 +12,7 @@ import pandas as pd
 from nbllm.dataframe.journal import ChosenToken, RowResult, TokenLogprob
 from nbllm.dataframe.prompts import frame_prompts, is_conversation, is_missing
 from nbllm.dataframe.row_job import Part, Verb
-from nbllm.errors import InvalidRequestError
+from nbllm.errors import InvalidRequestError, RequestFailedError
 from nbllm.inputs import EncodedPrompt
 from nbllm.llm import LLM
 from nbllm.outputs import CompletionOutput, Logprob, RequestOutput
@@ -129,6 +129,15 @@ class Generate(Verb):
             if self._keeps_logprobs
             else [],
         )
+
+
+def cut_error(completion: CompletionOutput) -> RequestFailedError:
+    """Why a JSON document that did not come to its end is no result."""
+    return RequestFailedError(
+        f"the JSON was cut by {completion.finish_reason} after "
+        f"{len(completion.token_ids)} tokens: raise max_tokens or max_model_len",
+        parameter="max_tokens",
+    )
 
 
 def params_identity(params: SamplingParams) -> dict[str, Any]:

@@ -75,9 +75,8 @@ class JobCard:
         """The share of the rows that have ended, until the job has."""
         if self._future.done():
             return ""
-        passes = self._passes.counted
-        num_rows = sum(len(rows.rows) for rows in passes)
-        share = sum(len(rows.settled) for rows in passes) / num_rows if num_rows else 1.0
+        num_rows = self._passes.num_rows
+        share = self._passes.num_done / num_rows if num_rows else 1.0
         return f'<progress value="{share:.3f}" max="1"></progress> '
 
     def _run(self) -> None:

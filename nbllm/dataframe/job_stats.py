@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nbllm.dataframe.row_job import RowJob
+from nbllm.dataframe.passes import Passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +41,20 @@ class JobStats:
     first_token_p99_s: float | None
 
     @classmethod
-    def of(cls, passes: Sequence[RowJob], seconds: float) -> JobStats:
+    def of(cls, passes: Passes, seconds: float) -> JobStats:
         """Those of a call that has run for `seconds`; its last pass may go on meanwhile."""
-        latencies = np.concatenate([[], *(np.array(rows.first_token_s[:]) for rows in passes)])
+        jobs = passes.counted
+        latencies = np.concatenate([[], *(np.array(rows.first_token_s[:]) for rows in jobs)])
         p50, p99 = np.percentile(latencies, (50, 99)).tolist() if len(latencies) else (None, None)
         return cls(
-            num_rows=sum(len(rows.rows) for rows in passes),
-            num_done=sum(len(rows.settled) for rows in passes),
-            num_failed=sum(len(rows.errors) for rows in passes),
-            num_known=sum(rows.num_known for rows in passes),
-            num_twins=sum(rows.num_twins for rows in passes),
-            num_prompt_tokens=sum(rows.totals.get("prompt_tokens", 0) for rows in passes),
-            num_cached_tokens=sum(rows.totals.get("cached_tokens", 0) for rows in passes),
-            num_tokens=sum(rows.totals.get("tokens", 0) for rows in passes),
+            num_rows=passes.num_rows,
+            num_done=passes.num_done,
+            num_failed=sum(len(rows.errors) for rows in jobs),
+            num_known=sum(rows.num_known for rows in jobs),
+            num_twins=sum(rows.num_twins for rows in jobs),
+            num_prompt_tokens=sum(rows.totals.get("prompt_tokens", 0) for rows in jobs),
+            num_cached_tokens=sum(rows.totals.get("cached_tokens", 0) for rows in jobs),
+            num_tokens=sum(rows.totals.get("tokens", 0) for rows in jobs),
             seconds=seconds,
             first_token_p50_s=p50,
             first_token_p99_s=p99,

@@ -51,6 +51,21 @@ class Passes:
         self._silent = progress_bar(None, "", enabled=False)
 
     @property
+    def num_rows(self) -> int:
+        """Rows that are answered when it is done, as far as it is known."""
+        return sum(len(rows.rows) for rows in self.counted)
+
+    @property
+    def num_done(self) -> int:
+        """Rows that have ended, well or not."""
+        return sum(len(rows.settled) for rows in self.counted)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the KV cache in use, from 0 to 1; 0 before the first pass."""
+        return 0.0 if self._call is None else self._call.verb.llm.kv_cache_usage
+
+    @property
     def bar(self) -> ProgressBar:
         """Shows how far the pass has come."""
         if self._shown is None or self._call is None or not self._call.is_counted:
@@ -111,12 +126,10 @@ class Passes:
         if self._shown is not None:
             self._shown.expect(num_rows)
             return
-        assert self._call is not None
-        llm = self._call.verb.llm
         self._shown = progress_bar(
             num_rows,
             self._label,
             enabled=self._use_tqdm,
             unit="row",
-            gauge=lambda: llm.kv_cache_usage,
+            gauge=lambda: self.kv_cache_usage,
         )

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from nbllm import LLM, SamplingParams
+from nbllm import LLM, Interrupted, SamplingParams
 from nbllm.sampling_params import StructuredOutputsParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
@@ -55,6 +55,18 @@ def test_every_cell_that_shows_a_job_is_saved_with_its_summary(outputs: list[lis
 
 def test_nothing_is_printed_into_the_cells(outputs: list[list[Any]]) -> None:
     assert outputs[1] == outputs[4] == []
+
+
+def test_a_running_job_shows_the_kv_cache_and_a_bar(llm: LLM) -> None:
+    frame = pd.DataFrame({"q": ["What is 1 + 1?"] * 2})
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    job = frame.llm.submit("q", params, use_tqdm=False, dedupe=False)
+    page = job._repr_html_()
+    job.cancel()
+    assert page.startswith("<progress ") and "KV cache " in page
+    with pytest.raises(Interrupted):
+        job.result(timeout=60)
+    assert "<progress" not in job._repr_html_() and "KV cache" not in job._repr_html_()
 
 
 def test_a_call_that_is_awaited_shows_its_progress(outputs: list[list[Any]]) -> None:
