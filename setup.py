@@ -19,13 +19,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 setup(
     ext_modules=[
         Extension(
-            f"nbllm_kernels.{name}",
-            [FOLDER + "elementwise.c", FOLDER + "attention.c", FOLDER + "linear.c"],
+            f"nbllm_kernels.{build}",
+            [FOLDER + name + ".c" for name in ("elementwise", "attention", "linear", "sampling")],
             depends=[FOLDER + "vectors.h"],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-fopenmp"],
             optional=True,
         )
-        for name, flags in BUILDS.items()
+        for build, flags in BUILDS.items()
     ]
 )

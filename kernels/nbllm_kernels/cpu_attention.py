@@ -1,12 +1,12 @@
 """Paged attention on the CPU.
 
-Decode rows, and in batch-invariant mode all rows, go to C, which reads the pages where they are.
-The rest is made of PyTorch's own operators. Prompt chunks go one sequence at a time. Decode rows
-without C go together: their pages are gathered per (page, head), which lands keys and values as
-[sequence, head, context, head_dim]; then the query heads of a group are the rows of one
-`scaled_dot_product_attention`, which keeps the scores in float32. (With `enable_gqa` and one row
-per head it is several times slower.) Indices, masks and buffers are made once per step and shared
-by its layers: fresh buffers cost more in page faults than the copies do.
+Decode rows and short chunks of prompts, and in batch-invariant mode all rows, go to C, which reads
+the pages where they are. The rest is made of PyTorch's own operators. Prompt chunks go one sequence
+at a time. Decode rows without C go together: their pages are gathered per (page, head), which lands
+keys and values as [sequence, head, context, head_dim]; then the query heads of a group are the rows
+of one `scaled_dot_product_attention`, which keeps the scores in float32. (With `enable_gqa` and one
+row per head it is several times slower.) Indices, masks and buffers are made once per step and
+shared by its layers: fresh buffers cost more in page faults than the copies do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor
 from nbllm_kernels import cpu_native
 from nbllm_kernels.attention_metadata import AttentionMetadata
 from nbllm_kernels.reference import raw_numbers, visible_keys
+
+# Numbers of queries times keys: up to so many products C is faster than PyTorch's operators.
+_SHORT_CHUNK = 4_000_000
 
 
 def paged_attention(
@@ -44,21 +47,39 @@ def paged_attention(
     if metadata.batch_invariant:
         attend_rows = cpu_native.paged_attention if native else _row_by_row
         return attend_rows(query, key_cache, value_cache, metadata, **options)
-    num_decodes = metadata.num_decode_seqs
+    loc, seq_lens = _host_lists(metadata)
+    num_seqs = metadata.num_decode_seqs
+    if native:
+        size = query.shape[1] * query.shape[2]
+        num_seqs += _num_short_chunks(loc[num_seqs:], seq_lens[num_seqs:], size)
     outputs: list[Tensor] = []
-    if num_decodes:
+    if num_seqs:
         attend = cpu_native.paged_attention if native else _attend_decodes
-        outputs.append(attend(query[:num_decodes], key_cache, value_cache, metadata, **options))
-    if num_decodes < len(metadata.seq_lens):
-        loc = metadata.query_start_loc.tolist()
-        for i, seq_len in enumerate(metadata.seq_lens[num_decodes:].tolist(), start=num_decodes):
-            k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
-            v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
-            new = query[loc[i] : loc[i + 1]]
-            outputs.append(_attend_chunk(new, k.to(query.dtype), v.to(query.dtype), **options))
-        if loc[-1] < len(query):
-            outputs.append(torch.zeros_like(query[loc[-1] :]))  # of no sequence
+        outputs.append(attend(query[: loc[num_seqs]], key_cache, value_cache, metadata, **options))
+    for i, seq_len in enumerate(seq_lens[num_seqs:], start=num_seqs):
+        k = _gather_sequence(key_cache, metadata.block_tables[i : i + 1], seq_len)
+        v = _gather_sequence(value_cache, metadata.block_tables[i : i + 1], seq_len)
+        new = query[loc[i] : loc[i + 1]]
+        outputs.append(_attend_chunk(new, k.to(query.dtype), v.to(query.dtype), **options))
+    if loc[-1] < len(query):
+        outputs.append(torch.zeros_like(query[loc[-1] :]))  # of no sequence
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _host_lists(metadata: AttentionMetadata) -> tuple[list[int], list[int]]:
+    """`query_start_loc` and `seq_lens`."""
+    if "lists" not in metadata.scratch:
+        lists = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        metadata.scratch["lists"] = lists
+    return cast("tuple[list[int], list[int]]", metadata.scratch["lists"])
+
+
+def _num_short_chunks(loc: list[int], seq_lens: list[int], size: int) -> int:
+    """How many of the first sequences have less to multiply than it takes to gather them."""
+    for i, seq_len in enumerate(seq_lens):
+        if (loc[i + 1] - loc[i]) * seq_len * size > _SHORT_CHUNK:
+            return i
+    return len(seq_lens)
 
 
 def _gather(cache: Tensor, index: Tensor, out: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ from nbllm_kernels.attention_metadata import AttentionMetadata
 if TYPE_CHECKING:
     from nbllm_kernels.attention_inputs import HeadNorm
 
-_LANES = 16  # of a vector in C: sizes are multiples of it
+_LANES = 16  # of the longest vector in C: sizes are multiples of it
 _MAX_HEAD_DIM = 256
-_MAX_PACKED_ROWS = 4
 _PART = 512  # keys that a task of attention takes, as in attention.c
 _BUILDS = {"AVX512": ("_cpu_avx512", "_cpu_avx2", "_cpu"), "AVX2": ("_cpu_avx2", "_cpu")}
-_IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}  # the dtypes there are
+IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes there are."""
 
 _POINTER, _INT64, _INT, _FLOAT = (
     ctypes.c_void_p,
@@ -40,6 +40,8 @@ _SIGNATURES = {
     "attention_inputs": [_POINTER] * 8 + [_INT64] * 8 + [_FLOAT] * 2 + [_INT] * 2,
     "paged_attention": [_POINTER],
     "multiply_packed": [_POINTER] * 5 + [_INT64] * 4 + [_INT],
+    "multiply_rows": [_POINTER] * 5 + [_INT64] * 3 + [_INT] * 2,
+    "negative_w": [_POINTER] * 4 + [_INT64] * 2,
 }
 
 
@@ -73,12 +75,13 @@ def usable_builds() -> dict[str, ctypes.CDLL]:
     return builds
 
 
-library = next(iter(usable_builds().values()), None)  # None: nothing fits, or was built
+library = next(iter(usable_builds().values()), None)
+"""None: nothing fits, or was built."""
 
 
 def takes_rms_norm(x: Tensor, weight: Tensor) -> bool:
     return (
-        _is_row_of_vectors(x, 1)
+        is_row_of_vectors(x, 1)
         and weight.dtype == x.dtype
         and weight.shape == x.shape[-1:]
         and weight.is_contiguous()
@@ -98,14 +101,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
         size,
         eps,
         weight_offset,
-        _IS_BF16[x.dtype],
+        IS_BF16[x.dtype],
         torch.get_num_threads(),
     )
     return out
 
 
 def takes_gate(x: Tensor) -> bool:
-    return _is_row_of_vectors(x, 2)
+    return is_row_of_vectors(x, 2)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def _gate_and_mul(x: Tensor, *, is_gelu: bool) -> Tensor:
         x.numel() // (2 * size),
         size,
         is_gelu,
-        _IS_BF16[x.dtype],
+        IS_BF16[x.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -192,7 +195,7 @@ def attention_inputs(
         block_size,
         0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.weight_offset,
-        _IS_BF16[qkv.dtype],
+        IS_BF16[qkv.dtype],
         torch.get_num_threads(),
     )
     if status:
@@ -258,7 +261,7 @@ def _plan_attention(
     behind = starts[1:][sequences] - torch.arange(1, num_rows + 1, dtype=torch.int32)
     lens = metadata.seq_lens.to(torch.int32)[sequences] - behind
     tables = metadata.block_tables.to(torch.int32).contiguous()
-    max_len = int(lens.max())
+    max_len = int(lens.max()) if num_rows else 0
     if max_len > tables.shape[1] * block_size:
         raise IndexError("a sequence is longer than its row of the block tables")
     max_parts = -(-max_len // _PART)
@@ -276,59 +279,39 @@ def _plan_attention(
         block_size=block_size,
         table_stride=tables.shape[1],
         max_parts=max_parts,
-        bf16=_IS_BF16[query.dtype],
+        bf16=IS_BF16[query.dtype],
         num_threads=torch.get_num_threads(),
     )
     return _AttentionPlan(arguments, (sequences, lens, tables, parts))
 
 
-def takes_packed(x: Tensor, blocks: Tensor) -> bool:
-    """Whether `multiply_packed` runs: for more rows, oneDNN is faster."""
-    return (
-        library is not None
-        and 1 <= x.shape[0] <= _MAX_PACKED_ROWS
-        and x.dtype == torch.bfloat16
-        and x.shape[1] == 2 * blocks.shape[1]
+def takes_seeds(seeds: Tensor, positions: Tensor) -> bool:
+    return library is not None and all(
+        tensor.device.type == "cpu" and _is_index(tensor, len(seeds))
+        for tensor in (seeds, positions)
     )
 
 
-def multiply_packed(
-    x: Tensor, blocks: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    """x @ weight.T + bias + residual, bfloat16.
-
-    Args:
-        x: [num_rows, in_features].
-        blocks: the weight, [row blocks, in_features / 2, rows of a block, 2].
-        out_features: the last block may have more rows.
-        bias, residual: [out_features] and [num_rows, out_features], bfloat16, or None.
-    """
+def negative_w(seeds: Tensor, positions: Tensor, ids: Tensor | int) -> Tensor:
+    """-w of `nbllm_kernels.gumbel`, for ids [N, M], or those below a number: [N, M] float32."""
     assert library is not None
-    num_rows, in_features = x.shape
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(num_rows, out_features)
-    library.multiply_packed(
+    rows = None if isinstance(ids, int) else ids.contiguous()
+    out = torch.empty(len(seeds), ids if isinstance(ids, int) else ids.shape[1])
+    library.negative_w(
         out.data_ptr(),
-        x.data_ptr(),
-        blocks.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        num_rows,
-        in_features,
-        out_features,
-        blocks.shape[2],
-        torch.get_num_threads(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        *out.shape,
     )
     return out
 
 
-def _is_row_of_vectors(x: Tensor, parts: int) -> bool:
+def is_row_of_vectors(x: Tensor, parts: int) -> bool:
     """Whether the rows of x, cut in so many parts, are whole vectors."""
     return (
         library is not None
-        and x.dtype in _IS_BF16
+        and x.dtype in IS_BF16
         and x.numel() > 0
         and x.shape[-1] % (parts * _LANES) == 0
         and x.is_contiguous()
@@ -343,7 +326,7 @@ def _takes_cache(dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor) -> 
     head_dim = key_cache.shape[3]
     return (
         library is not None
-        and dtype in _IS_BF16
+        and dtype in IS_BF16
         and head_dim % _LANES == 0
         and head_dim <= _MAX_HEAD_DIM
         and key_cache.dtype == value_cache.dtype == dtype

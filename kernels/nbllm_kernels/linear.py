@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbllm_kernels import cpu_native
+from nbllm_kernels import cpu_linear
 from nbllm_kernels.dispatch import runs_triton
 
 _TILE_ROWS = 16  # rows per matrix product in batch-invariant mode
@@ -48,8 +48,8 @@ class PackedWeight:
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual for x [num_rows, in_features]."""
         num_rows = x.shape[0]
-        if self._blocks is not None and cpu_native.takes_packed(x, self._blocks):
-            return cpu_native.multiply_packed(x, self._blocks, self.shape[0], bias, residual)
+        if self._blocks is not None and cpu_linear.takes_packed(x, self._blocks):
+            return cpu_linear.multiply_packed(x, self._blocks, self.shape[0], bias, residual)
         padding = max(_FASTEST_ROWS - num_rows, 0)
         if padding:
             x = F.pad(x, (0, 0, 0, padding))
@@ -160,6 +160,8 @@ def linear(
 
         if gpu.can_multiply(x, weight):
             return gpu.skinny_linear(x, weight, bias, residual=residual)
+    elif cpu_linear.takes_rows(x, weight):
+        return cpu_linear.multiply_rows(x, weight, bias, residual)
     if residual is None:
         return F.linear(x, weight, bias)
     if bias is None and runs_triton(x):

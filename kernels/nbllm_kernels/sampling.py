@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nbllm_kernels import reference
 from nbllm_kernels.dispatch import runs_triton
-from nbllm_kernels.gumbel import gumbel_noise, hash_ids_, noise_keys, noise_of_hash
+from nbllm_kernels.gumbel import gumbel_noise, gumbel_noise_of_ids
 from nbllm_kernels.sampling_tensors import SamplingTensors
 
 _NUM_CANDIDATES = 256  # most likely ids among which filtered rows are drawn, if they suffice
@@ -88,9 +88,8 @@ def _sample_filtered(logits: Tensor, params: SamplingTensors) -> Tensor:
     closed &= smallest > last[:, 0]
     kept = kept.masked_fill(beyond, -torch.inf)
 
-    key_0, key_1 = noise_keys(params.seeds, params.positions)
-    hashed = hash_ids_(ids.to(torch.int32), key_0[:, None], key_1[:, None])
-    choice = (kept + noise_of_hash(hashed)).argmax(dim=-1, keepdim=True)
+    noise = gumbel_noise_of_ids(params.seeds, params.positions, ids)
+    choice = noise.add_(kept).argmax(dim=-1, keepdim=True)
     tokens = ids.gather(-1, choice)[:, 0]
     is_greedy = params.temperature == 0
     tokens = torch.where(is_greedy, logits.argmax(dim=-1), tokens)

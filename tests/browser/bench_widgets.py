@@ -4,10 +4,11 @@
 
 In a real JupyterLab, with the bundled model; the browser runs on the same cores as the engine.
 
-`slider_to_paint_ms` runs from the slider's DOM event to the end of the frame in which the first
-token of the new text stands. `engine_ms` of it is the wait for that token as Python sees it; the
-rest is the widget's, JupyterLab's and the browser's. `floor_ms` is the same way for a widget that
-does nothing but answer, `own_ms` what the rest is longer than that: the playground's own share.
+`slider_to_paint_ms` runs from the slider's DOM event, on a page at rest, to the end of the frame in
+which the first token of the new text stands. `engine_ms` of it is the wait for that token as Python
+sees it; the rest is the widget's, JupyterLab's and the browser's. `floor_ms` is the same way for a
+widget that does nothing but answer, `own_ms` what the rest is longer than that: the playground's
+own share.
 
 The others are of one text, by turns read by a cell with `LLM.stream` ("alone"), by a playground
 without a view ("unseen"; its messages reach the browser, too) and by one with three views
@@ -32,6 +33,7 @@ from conftest import CHROMIUM, Lab, jupyter_lab
 from playwright.sync_api import sync_playwright
 
 NUM_MOVES = 40
+AT_REST_MS = 300  # JupyterLab goes on for some 200 ms after it has shown an answer
 NUM_TURNS = 8
 SETUP = """\
 from nbllm import LLM, Playground, SamplingParams
@@ -143,9 +145,9 @@ def measure_slider(lab: Lab) -> dict[str, Any]:
     for move in range(NUM_MOVES):
         value = f"{0.3 + 0.05 * (move % 20):.2f}"
         lab.page.wait_for_function(IDLE)
-        lab.page.wait_for_timeout(100)
+        lab.page.wait_for_timeout(AT_REST_MS)
         floor.append(lab.page.evaluate(MOVE, [value, *ANSWER]))
-        lab.page.wait_for_timeout(100)
+        lab.page.wait_for_timeout(AT_REST_MS)
         whole.append(lab.page.evaluate(MOVE, [value, *PLAYGROUND]))
         lab.page.wait_for_function(IDLE)
         stats = lab.page.locator(".nbllm-stats").first.inner_text()

@@ -223,6 +223,15 @@ def test_a_journal_may_be_any_folder(llm: LLM, frame: pd.DataFrame, tmp_path: Pa
     pd.testing.assert_frame_equal(nbllm.resume(folder), first)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_a_job_is_listed_while_a_file_of_it_vanishes(
+    llm: LLM, frame: pd.DataFrame, home: Path
+) -> None:
+    frame.llm.generate("q", GREEDY, journal="busy", llm=llm)
+    (home / "jobs" / "busy" / "part-00000009.parquet.tmp").symlink_to("it was renamed")
+    assert nbllm.jobs()["name"].tolist() == ["busy"]
+
+
 @pytest.mark.parametrize("name", ["", "../up\0", 7, "-" * 200])
 def test_a_name_that_is_none_is_refused(llm: LLM, frame: pd.DataFrame, name: Any) -> None:
     with pytest.raises(JournalError):

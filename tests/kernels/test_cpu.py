@@ -139,7 +139,7 @@ def test_attention_of_decodes(
 def test_attention_of_long_sequences_and_chunks(
     implementation: str, window: int | None, batch_invariant: bool, dtype: torch.dtype
 ) -> None:
-    lens = [(1, 1), (1, 512), (1, 513), (1, 1700), (3, 3), (9, 700), (2, 1026)]
+    lens = [(1, 1), (1, 512), (1, 513), (1, 1700), (3, 3), (70, 600), (9, 700), (2, 1026)]
     batch = make_batch(lens, dtype=dtype, batch_invariant=batch_invariant)
     options: dict[str, Any] = {"scale": 0.3, "sliding_window": window}
     wide = [tensor.double() for tensor in batch[:3]]

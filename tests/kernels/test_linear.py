@@ -1,4 +1,4 @@
-"""linear: packed weights give the same products, and a packed table can still be read."""
+"""linear: products of few rows and of packed weights, and a packed table can still be read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,53 @@ packs = pytest.mark.skipif(not can_pack(torch.empty(1, dtype=BF16)), reason="no 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(
+    num_rows=st.integers(0, 20),
+    in_features=st.sampled_from([16, 100, 256, 640]),
+    out_features=st.sampled_from([1, 2, 3, 5, 64, 333]),
+    has_bias=st.booleans(),
+    has_residual=st.booleans(),
+    dtype=st.sampled_from([torch.float32, BF16]),
+)
+def test_a_product_is_that_of_float64(
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    has_residual: bool,
+    dtype: torch.dtype,
+) -> None:
+    x = random(num_rows, in_features, dtype=dtype)
+    weight = random(out_features, in_features, seed=1, dtype=dtype)
+    bias = random(out_features, seed=2, dtype=dtype) if has_bias else None
+    residual = random(num_rows, out_features, seed=3, dtype=dtype) if has_residual else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if residual is not None:
+        expected += residual.double()
+    actual = linear(x, weight, bias, residual=residual)
+    assert actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1.6e-2
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_a_product_of_few_rows_does_not_depend_on_the_others(
+    implementation: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit: whoever is beside a row, however many threads there are."""
+    if implementation == "PyTorch":
+        pytest.skip("promised in batch-invariant mode only")
+    x, weight = random(8, 640, dtype=dtype), random(1001, 640, seed=1, dtype=dtype)
+    together = linear(x, weight)
+    num_threads = torch.get_num_threads()
+    try:
+        for first, stop in [(0, 1), (1, 3), (2, 5), (1, 8)]:
+            torch.set_num_threads(stop)
+            assert torch.equal(linear(x[first:stop], weight), together[first:stop])
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @packs

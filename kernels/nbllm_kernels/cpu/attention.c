@@ -11,6 +11,7 @@
 #define MAX_GROUP 8 /* query heads that share one reading of keys and values */
 #define TILE 64     /* keys between two updates of the softmax, at most */
 #define PART 512    /* keys of a task; longer sequences are merged from parts */
+#define WIDTH (LANES == 16 ? 4 : 2) /* vectors of sums for each query, as far as registers go */
 
 typedef struct {
     const void *query;         /* [num_rows, num_heads, head_dim], rows query_stride apart */
@@ -135,8 +136,8 @@ INLINE void add_tile(State *state, int64_t first, Tile tile, Tile next, const At
     score(state, first, tile.keys, first ? 0 : tile.values, tile.num_keys, head_dim, group, bf16);
     for (int g = 0; g < group; g++)
         soften(state, first + g, tile.num_keys, head_dim, a->softcap);
-    for (; d + 4 * LANES <= head_dim; d += 4 * LANES, soon = 0)
-        add_values(state, first, tile.values, soon, tile.num_keys, head_dim, d, group, 4, bf16);
+    for (; d + WIDTH * LANES <= head_dim; d += WIDTH * LANES, soon = 0)
+        add_values(state, first, tile.values, soon, tile.num_keys, head_dim, d, group, WIDTH, bf16);
     for (; d < head_dim; d += LANES, soon = 0)
         add_values(state, first, tile.values, soon, tile.num_keys, head_dim, d, group, 1, bf16);
 }

@@ -1,4 +1,6 @@
-/* Vectors of sixteen floats, in plain C: GCC's and Clang's, whatever the machine.
+/* Vectors of floats, as long as a register, in plain C: GCC's and Clang's, whatever the machine.
+ *
+ * (Longer ones, which either compiler takes, too, are kept in memory by GCC.)
  *
  * Decoding streams every weight once per step, which leaves nothing else in the caches: an operator
  * of PyTorch then costs 7 us instead of 1, and a model has a thousand of them. The functions beside
@@ -18,7 +20,13 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define MAX_HEAD_DIM 256
 #define PARALLEL_NUMBERS 262144 /* fewer take less time than to wake a thread and share them */
 
@@ -65,16 +73,29 @@ INLINE void store(void *array, int64_t i, vec x, int bf16) {
     }
 }
 
+INLINE float load_one(const void *array, int64_t i, int bf16) {
+    if (!bf16)
+        return ((const float *)array)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)array)[i] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE void store_one(void *array, int64_t i, float x, int bf16) {
+    if (bf16)
+        ((uint16_t *)array)[i] = round_to_bf16(fill(x))[0];
+    else
+        ((float *)array)[i] = x;
+}
+
 INLINE float sum_lanes(vec x) {
-    typedef float vec8 __attribute__((vector_size(32)));
-    typedef float vec4 __attribute__((vector_size(16)));
-    vec8 a[2];
-    vec4 b[2];
-    memcpy(a, &x, sizeof x);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+    float lanes[LANES];
+    memcpy(lanes, &x, sizeof lanes);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            lanes[i] += lanes[half + i];
+    return lanes[0];
 }
 
 /* 2^n * e^r for x = n ln 2 + r, |r| <= ln(2) / 2, by the series of e^r (relative error 2e-7). */
