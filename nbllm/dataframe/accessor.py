@@ -31,7 +31,7 @@ from nbllm.dataframe.generate_verb import (
 )
 from nbllm.dataframe.jobs import JobDescription
 from nbllm.dataframe.lint import LintReport, lint
-from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing
+from nbllm.dataframe.prompts import frame_prompts, is_missing
 from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.semantic_join import JoinVerbs
@@ -244,8 +244,6 @@ class DataFrameAccessor(
     ) -> RowCall:
         frame = self._frame
         checked = read_options(options)
-        check_choice("chat", chat, (True, False, "auto"))
-        check_choice("template_format", template_format, FORMATS)
         names = names_of(out, include, checked.errors)
         wanted = unanswered(frame, names, 1, overwrite)
         read = {"template_format": template_format, "na": checked.na}

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.columns import Results
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
 from nbllm.dataframe.generate_verb import arguments_as_json
 from nbllm.dataframe.jobs import JobDescription
 from nbllm.dataframe.journal import RowResult
 from nbllm.dataframe.prompts import (
-    FORMATS,
     frame_prompts,
     is_conversation,
     is_missing,
@@ -133,7 +131,6 @@ class EmbedVerbs(FrameVerbs):
         )
         pooled = pop_pooling(options)
         checked = read_options(options, label="Embedding")
-        check_choice("template_format", template_format, FORMATS)
         names = [out, f"{out}_error"] if checked.errors == "column" else [out]
         old = self._answers(out, names, overwrite)
         prompts = frame_prompts(
@@ -198,7 +195,6 @@ def series_embedding(
             "there is no column for errors: use errors='warn', or the DataFrame's embed",
             parameter="errors",
         )
-    check_choice("template_format", template_format, FORMATS)
     prompts = series_prompts(series, template, template_format=template_format, na=checked.na)
 
     def make_series(rows: RowJob) -> pd.Series[Any]:

@@ -15,12 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.columns import NEEDS_LOGPROBS, included, names_of, text_column
 from nbllm.dataframe.frame_verbs import FrameVerbs, error_column, read_options
 from nbllm.dataframe.generate_verb import Generate, Params, cut_error, row_params, with_logprobs
 from nbllm.dataframe.journal import RowResult
-from nbllm.dataframe.prompts import FORMATS
 from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.schemas import Check, Field, parse, read_schema, schema_fields
@@ -167,8 +165,6 @@ def _extract_call(
     **options: Any,
 ) -> RowCall:
     checked = read_options(options, label="Extracting", errors=source.default_errors)
-    check_choice("chat", chat, (True, False, "auto"))
-    check_choice("template_format", template_format, FORMATS)
     others = [name for name in include if name != "json"]
     json_schema, check = read_schema(schema)
     fields = schema_fields(json_schema)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.journal import ChosenToken, RowResult, TokenLogprob
 from nbllm.dataframe.prompts import frame_prompts, is_conversation, is_missing
 from nbllm.dataframe.row_job import Part, Verb
@@ -49,6 +50,9 @@ class Generate(Verb):
         examples: shown before each row.
         keeps_tokens: token ids are part of the result.
         keeps_logprobs: log-probabilities of the tokens are, too.
+
+    Raises:
+        InvalidRequestError: `chat` is none of these.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Generate(Verb):
         keeps_tokens: bool = False,
         keeps_logprobs: bool = False,
     ) -> None:
+        check_choice("chat", chat, (True, False, "auto"))
         self.llm = llm
         self._params_of = params_of
         if chat == "auto":

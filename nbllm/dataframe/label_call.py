@@ -15,7 +15,7 @@ from nbllm.dataframe.frame_call import FrameCall
 from nbllm.dataframe.frame_verbs import error_column, read_options
 from nbllm.dataframe.label_verb import ScoreLabels, probabilities, read_labels
 from nbllm.dataframe.passes import Steps
-from nbllm.dataframe.prompts import FORMATS, Prompts
+from nbllm.dataframe.prompts import Prompts
 from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.sources import Source, unanswered, with_columns
@@ -139,8 +139,6 @@ def label_call(
     The others are those of `classify`.
     """
     checked = read_options(options, label="Scoring", errors=source.default_errors)
-    check_choice("chat", chat, (True, False, "auto"))
-    check_choice("template_format", template_format, FORMATS)
     check_choice("calibrate", calibrate, (True, False))
     read = {"template_format": template_format, "na": checked.na}
     prompts = source.prompts(**read)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from nbllm.dataframe.call_options import check_choice
 from nbllm.errors import InvalidRequestError
 
-FORMATS = ("f-string", "jinja2")
+_FORMATS = ("f-string", "jinja2")
 Message = dict[str, Any]
 
 
@@ -87,8 +88,9 @@ def frame_prompts(
         na: "fill" makes empty texts of missing values; else rows with one have no prompt.
 
     Raises:
-        InvalidRequestError: there is no such column, or it occurs twice.
+        InvalidRequestError: there is no such column, or it occurs twice, or no such format.
     """
+    check_choice("template_format", template_format, _FORMATS)
     keeps_missing = na == "fill"
 
     def prompts(names: Sequence[Hashable], render: Callable[[dict[Hashable, Any]], Any]) -> Prompts:
@@ -122,8 +124,9 @@ def series_prompts(
     """The prompts of a series' values; the template's field is `{}`, or the series' name.
 
     Raises:
-        InvalidRequestError: the template has another field, or none.
+        InvalidRequestError: the template has another field, or none; there is no such format.
     """
+    check_choice("template_format", template_format, _FORMATS)
     name = "" if series.name is None else str(series.name)
     values: list[Any] = series.tolist()
 

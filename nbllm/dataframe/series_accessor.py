@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from nbllm.dataframe.call_options import check_choice
 from nbllm.dataframe.classify import ClassifySeriesVerbs
 from nbllm.dataframe.columns import text_column
 from nbllm.dataframe.embed import EmbedSeriesVerbs
@@ -19,7 +18,7 @@ from nbllm.dataframe.extract import ExtractSeriesVerbs
 from nbllm.dataframe.frame_job import FrameJob
 from nbllm.dataframe.frame_verbs import read_options
 from nbllm.dataframe.generate_verb import Generate, Params, row_params
-from nbllm.dataframe.prompts import FORMATS, series_prompts
+from nbllm.dataframe.prompts import series_prompts
 from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.dataframe.sources import series_description
@@ -89,8 +88,6 @@ class SeriesAccessor(ClassifySeriesVerbs, EmbedSeriesVerbs, ExtractSeriesVerbs):
                 "a Series has no column for errors: use errors='warn', or the DataFrame's accessor",
                 parameter="errors",
             )
-        check_choice("chat", chat, (True, False, "auto"))
-        check_choice("template_format", template_format, FORMATS)
         prompts = series_prompts(series, template, template_format=template_format, na=checked.na)
         llm = llm or default_llm()
         described = dict(

@@ -23,7 +23,7 @@ from nbllm.dataframe.generate_verb import Generate, Params, arguments_as_json, r
 from nbllm.dataframe.group_rows import group_rows, groupby_arguments
 from nbllm.dataframe.jobs import JobDescription
 from nbllm.dataframe.packing import Packing
-from nbllm.dataframe.prompts import FORMATS, frame_prompts, series_prompts
+from nbllm.dataframe.prompts import frame_prompts, series_prompts
 from nbllm.dataframe.summary_rounds import SummaryRounds
 from nbllm.default_llm import default_llm
 from nbllm.errors import InvalidRequestError
@@ -149,8 +149,6 @@ def _summary_rounds(
     data = groups.obj
     is_series = isinstance(data, pd.Series)
     checked = read_options(options, label="Summarizing", errors="warn" if is_series else "column")
-    check_choice("chat", chat, (True, False, "auto"))
-    check_choice("template_format", template_format, FORMATS)
     check_choice("cite", cite, (True, False, "table"))
     if is_series and (checked.errors == "column" or cite is True):
         raise InvalidRequestError(

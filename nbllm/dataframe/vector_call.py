@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nbllm.dataframe.call_options import CallOptions, check_choice
+from nbllm.dataframe.call_options import CallOptions
 from nbllm.dataframe.embed import Embed, pop_pooling, vector_column
 from nbllm.dataframe.frame_call import FrameCall
 from nbllm.dataframe.frame_verbs import read_options
 from nbllm.dataframe.jobs import JobDescription
 from nbllm.dataframe.passes import Steps
-from nbllm.dataframe.prompts import FORMATS, frame_prompts, is_missing
+from nbllm.dataframe.prompts import frame_prompts, is_missing
 from nbllm.dataframe.row_call import RowCall
 from nbllm.dataframe.row_job import RowJob
 from nbllm.errors import InvalidRequestError
@@ -70,7 +70,6 @@ class VectorOptions:
         options = dict(options)
         pooled = pop_pooling(options)
         template_format = options.pop("template_format", "f-string")
-        check_choice("template_format", template_format, FORMATS)
         checked = read_options(options, errors="warn", label="Embedding")
         if checked.errors == "column" or checked.on_interrupt == "return":
             parameter = "errors" if checked.errors == "column" else "on_interrupt"

@@ -36,7 +36,6 @@ from nbllm.widgets.playground_inputs import (
     slider_values,
 )
 from nbllm.widgets.sampling_controls import SamplingControls
-from nbllm.widgets.slim_source import slim_source
 from nbllm.widgets.token_map import COLORS
 from nbllm.widgets.view_source import view_source, view_style
 
@@ -71,8 +70,8 @@ class Playground(Frozen):
         InvalidRequestError: an argument is wrong.
     """
 
-    _esm = slim_source(view_source("token_view", "lane_view", "playground"))
-    _css = slim_source(view_style("token_view", "playground"))
+    _esm = view_source("token_view", "lane_view", "playground")
+    _css = view_style("token_view", "playground")
 
     prompt = traitlets.Unicode().tag(sync=True)
     messages = traitlets.List().tag(sync=True)

@@ -19,7 +19,7 @@ from tests.browser.conftest import Lab, jupyter_lab
 
 Write = Callable[..., str]
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 SETUP = """\
 from nbllm import LLM, Dashboard, Playground, SamplingControls, SamplingParams

@@ -9,8 +9,6 @@ import pytest
 
 from nbllm import LLM, SamplingParams
 from nbllm.widgets.playground import Playground
-from nbllm.widgets.slim_source import slim_source
-from nbllm.widgets.view_source import view_source
 
 RunView = Callable[..., Any]
 
@@ -246,12 +244,3 @@ def test_lanes_show_where_they_part_and_a_chat_can_be_written(run_view: RunView,
         {"role": "assistant", "content": "And you?"},
     ]
     assert seen["now"] == [["tool"], "4"]
-
-
-def test_what_a_notebook_saves_of_a_view_is_small() -> None:
-    assert len(Playground._esm) <= 15 * 1024
-    assert len(Playground._css) <= 8 * 1024
-    source = view_source("token_view", "lane_view", "playground")
-    assert "/**" in source and "/**" not in Playground._esm and "\n " not in Playground._esm
-    text = 'a = "b" // c\n\n  /* d\n e */ f;\n// g\n'
-    assert slim_source(text) == 'a = "b"\nf;'

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from nbllm import SamplingControls, SamplingParams
+from nbllm import Dashboard, Playground, SamplingControls, SamplingParams
+from nbllm.widgets.frozen import Frozen
 from nbllm.widgets.view_source import view_source, view_style
 
 FOLDER = Path(__file__).parents[2] / "nbllm" / "widgets"
@@ -168,4 +169,11 @@ def test_parts_of_a_view_are_one_module_in_order() -> None:
     assert source.index("function renderSamplingControls") < source.index("export default")
     style = view_style("sampling_controls")
     assert style.index("--nbllm-fg:") < style.index(".nbllm-controls")
-    assert len(SamplingControls().get_state()["_esm"]) < 15 * 1024
+
+
+@pytest.mark.parametrize("widget", [Dashboard, Playground, SamplingControls])
+def test_what_a_notebook_saves_of_a_view_is_small(widget: type[Frozen]) -> None:
+    for text, limit in ((widget._esm, 15 * 1024), (widget._css, 8 * 1024)):
+        assert len(text) <= limit
+        assert "/*" not in text and "\n " not in text and "\n\n" not in text
+        assert not re.search(r"^//|\s// ", text, re.MULTILINE)
