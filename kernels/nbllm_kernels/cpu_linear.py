@@ -54,13 +54,16 @@ def multiply_packed(
     return out
 
 
-def takes_rows(x: Tensor, weight: Tensor) -> bool:
+def takes_rows(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether `multiply_rows` runs: for more rows, PyTorch's product is faster."""
     return (
         x.shape[0] <= _MAX_ROWS
         and cpu_native.is_row_of_vectors(x, 1)
         and weight.dtype == x.dtype
+        and weight.shape[1:] == x.shape[1:]
         and weight.is_contiguous()
+        and (bias is None or _fits(bias, x, (len(weight),)))
+        and (residual is None or _fits(residual, x, (len(x), len(weight))))
     )
 
 
@@ -90,3 +93,7 @@ def multiply_rows(
         torch.get_num_threads(),
     )
     return out
+
+
+def _fits(added: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    return added.dtype == x.dtype and added.shape == shape

@@ -160,7 +160,7 @@ def linear(
 
         if gpu.can_multiply(x, weight):
             return gpu.skinny_linear(x, weight, bias, residual=residual)
-    elif cpu_linear.takes_rows(x, weight):
+    elif cpu_linear.takes_rows(x, weight, bias, residual):
         return cpu_linear.multiply_rows(x, weight, bias, residual)
     if residual is None:
         return F.linear(x, weight, bias)

@@ -50,6 +50,14 @@ def test_a_product_is_that_of_float64(
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x, weight = random(2, 32, dtype=torch.float32), random(8, 48, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(x, weight)
+    with pytest.raises(RuntimeError, match="size"):
+        linear(x, weight[:, :32].contiguous(), random(9, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_a_product_of_few_rows_does_not_depend_on_the_others(
     implementation: str, dtype: torch.dtype

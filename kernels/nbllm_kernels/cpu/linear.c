@@ -40,7 +40,7 @@ INLINE void multiply_tile(void *out, const void *x, const void *weight, const vo
 INLINE void multiply_outputs(void *out, const void *x, const void *weight, const void *bias,
                              const void *residual, int64_t num_rows, int64_t in_features,
                              int64_t out_features, int64_t n, int64_t stop, int bf16) {
-#define MULTIPLY(rows, outputs)                                                           \
+#define MULTIPLY(rows, outputs)                                                            \
     multiply_tile(out, x, weight, bias, residual, row, n, in_features, out_features, rows, \
                   outputs, bf16)
     for (int64_t row = 0; num_rows == 1 && n + 4 <= stop; n += 4)
