@@ -75,7 +75,7 @@ def _host_lists(metadata: AttentionMetadata) -> tuple[list[int], list[int]]:
 
 
 def _num_short_chunks(loc: list[int], seq_lens: list[int], size: int) -> int:
-    """How many of the first sequences have less to multiply than it takes to gather them."""
+    """How many of the first sequences are short chunks; queries have `size` numbers."""
     for i, seq_len in enumerate(seq_lens):
         if (loc[i + 1] - loc[i]) * seq_len * size > _SHORT_CHUNK:
             return i

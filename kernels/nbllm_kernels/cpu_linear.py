@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,24 +37,8 @@ def multiply_packed(
     """
     library = cpu_native.library
     assert library is not None
-    num_rows, in_features = x.shape
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(num_rows, out_features)
-    library.multiply_packed(
-        out.data_ptr(),
-        x.data_ptr(),
-        blocks.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        num_rows,
-        in_features,
-        out_features,
-        blocks.shape[2],
-        torch.get_num_threads(),
-    )
-    return out
+    row_block = blocks.shape[2]
+    return _multiply(library.multiply_packed, x, blocks, out_features, bias, residual, row_block)
 
 
 def takes_rows(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -76,22 +63,26 @@ def multiply_rows(
     """
     library = cpu_native.library
     assert library is not None
-    num_rows, in_features = x.shape
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(num_rows, weight.shape[0])
-    library.multiply_rows(
-        out.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        num_rows,
-        in_features,
-        weight.shape[0],
-        cpu_native.IS_BF16[x.dtype],
-        torch.get_num_threads(),
-    )
+    is_bf16 = cpu_native.IS_BF16[x.dtype]
+    return _multiply(library.multiply_rows, x, weight, len(weight), bias, residual, is_bf16)
+
+
+def _multiply(
+    product: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: int,
+) -> Tensor:
+    """Call a function of linear.c; `kind` is the argument that they differ in."""
+    x = x.contiguous()  # held here: C gets addresses
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    out = x.new_empty(len(x), out_features)
+    tensors = (out, x, weight, bias, residual)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    product(*addresses, *x.shape, out_features, kind, torch.get_num_threads())
     return out
 
 

@@ -27,7 +27,11 @@ def view_style(*stems: str) -> str:
     return "\n".join(_read(f"{stem}.css") for stem in ("theme", *stems))
 
 
-def _read(name: str) -> str:
-    text = _COMMENT.sub("", (_FOLDER / name).read_text(encoding="utf-8"))
-    lines = (line.strip() for line in text.splitlines())
+def slim(text: str) -> str:
+    """A script or style sheet without comments, indentation and blank lines."""
+    lines = (line.strip() for line in _COMMENT.sub("", text).splitlines())
     return "\n".join(line for line in lines if line)
+
+
+def _read(name: str) -> str:
+    return slim((_FOLDER / name).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """How long from a slider to a new text on the screen, and what open views cost the engine.
 
-    python tests/browser/bench_widgets.py
+    python tests/browser/bench_widgets.py [--rest-ms 100]
 
 In a real JupyterLab, with the bundled model; the browser runs on the same cores as the engine.
 
@@ -8,7 +8,7 @@ In a real JupyterLab, with the bundled model; the browser runs on the same cores
 which the first token of the new text stands. `engine_ms` of it is the wait for that token as Python
 sees it; the rest is the widget's, JupyterLab's and the browser's. `floor_ms` is the same way for a
 widget that does nothing but answer, `own_ms` what the rest is longer than that: the playground's
-own share.
+own share. With a shorter `--rest-ms` between two moves, JupyterLab is still busy with the last one.
 
 The others are of one text, by turns read by a cell with `LLM.stream` ("alone"), by a playground
 without a view ("unseen"; its messages reach the browser, too) and by one with three views
@@ -20,6 +20,7 @@ for the text, which a busy machine changes less; `kernel_share` is what the kern
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -139,15 +140,15 @@ def write(folder: Path, name: str, *cells: str) -> str:
     return name
 
 
-def measure_slider(lab: Lab) -> dict[str, Any]:
+def measure_slider(lab: Lab, rest_ms: int) -> dict[str, Any]:
     """Milliseconds from a slider's event to a painted token."""
     whole, engine, floor = [], [], []
     for move in range(NUM_MOVES):
         value = f"{0.3 + 0.05 * (move % 20):.2f}"
         lab.page.wait_for_function(IDLE)
-        lab.page.wait_for_timeout(AT_REST_MS)
+        lab.page.wait_for_timeout(rest_ms)
         floor.append(lab.page.evaluate(MOVE, [value, *ANSWER]))
-        lab.page.wait_for_timeout(AT_REST_MS)
+        lab.page.wait_for_timeout(rest_ms)
         whole.append(lab.page.evaluate(MOVE, [value, *PLAYGROUND]))
         lab.page.wait_for_function(IDLE)
         stats = lab.page.locator(".nbllm-stats").first.inner_text()
@@ -189,6 +190,9 @@ def measure_views(lab: Lab) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rest-ms", type=int, default=AT_REST_MS)
+    rest_ms = parser.parse_args().rest_ms
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         notebooks = Path(folder) / "notebooks"
         notebooks.mkdir()
@@ -197,7 +201,7 @@ def main() -> None:
             lab = Lab(browser.new_page(viewport={"width": 1280, "height": 900}), url)
             lab.open(write(notebooks, "slider.ipynb", SETUP, ECHO))
             lab.run_all()
-            result = measure_slider(lab)
+            result = measure_slider(lab, rest_ms)
             lab.open(write(notebooks, "views.ipynb", SETUP, VIEWS, "shown", "shown", TURNS))
             lab.run_all()
             result |= measure_views(lab)

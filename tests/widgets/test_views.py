@@ -13,7 +13,7 @@ import pytest
 
 from nbllm import Dashboard, Playground, SamplingControls, SamplingParams
 from nbllm.widgets.frozen import Frozen
-from nbllm.widgets.view_source import view_source, view_style
+from nbllm.widgets.view_source import slim, view_source, view_style
 
 FOLDER = Path(__file__).parents[2] / "nbllm" / "widgets"
 SCRIPTS = sorted(FOLDER.glob("*.js"))
@@ -177,3 +177,4 @@ def test_what_a_notebook_saves_of_a_view_is_small(widget: type[Frozen]) -> None:
         assert len(text) <= limit
         assert "/*" not in text and "\n " not in text and "\n\n" not in text
         assert not re.search(r"^//|\s// ", text, re.MULTILINE)
+    assert slim('a = "b" // c\n\n  /* d\n e */ f;\n// g\n') == 'a = "b"\nf;'
